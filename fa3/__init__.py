@@ -1,0 +1,13 @@
+"""FlashAttention-3 for Hopper GPUs in CuTe DSL: exact attention, compiled at the first call and cached.
+
+>>> import torch, fa3
+>>> q = torch.randn(4, 4096, 16, 128, device="cuda", dtype=torch.bfloat16)
+>>> out = fa3.flash_attn_func(q, q, q, causal=True)
+
+Tensors are (batch, seqlen, heads, head_dim), as in FlashAttention-3's own interface. CPU tensors run the reference.
+"""
+
+from .attention import explain, flash_attn_func, flash_attn_qkvpacked_func
+
+__version__ = "0.1.0"
+__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "explain"]

@@ -1,0 +1,151 @@
+"""Problem: one validated description of a call. Every argument error of the library is raised here."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+HEAD_DIMS = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Attention of q (batch, seqlen_q, heads, head_dim) to k and v (batch, seqlen_k, heads_kv, head_dim)."""
+
+    dtype: str
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    causal: bool
+    softmax_scale: float
+    lse: bool
+    sm_margin: int
+
+    @property
+    def empty(self):
+        """No score to compute: O is zeros and LSE -inf, whatever there is of them."""
+        return 0 in (self.batch, self.seqlen_q, self.seqlen_k, self.heads)
+
+    @classmethod
+    def of(cls, q, k, v, *, softmax_scale, causal, sm_margin, lse, unsupported):
+        """Validates the arguments of a call. unsupported: name -> (value, the values that mean "off")."""
+        tensors = {"q": q, "k": k, "v": v}
+        check_tensors(tensors)
+        check_shapes(q, k, v)
+        for name, (value, off) in unsupported.items():
+            check_off(name, value, off)
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal must be True or False, got {causal!r}")
+        if not isinstance(lse, bool):
+            raise TypeError(f"return_attn_probs must be True or False, got {lse!r}")
+        check_sm_margin(sm_margin, q.device)
+        if q.is_cuda:
+            check_device(q.device)
+            for name, tensor in tensors.items():
+                check_memory(name, tensor)
+        return cls(
+            dtype=DTYPES[q.dtype],
+            batch=q.shape[0],
+            seqlen_q=q.shape[1],
+            seqlen_k=k.shape[1],
+            heads=q.shape[2],
+            heads_kv=k.shape[2],
+            head_dim=q.shape[3],
+            causal=causal,
+            softmax_scale=checked_scale(softmax_scale, q.shape[3]),
+            lse=lse,
+            sm_margin=sm_margin,
+        )
+
+
+def check_tensors(tensors):
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (batch, seqlen, heads, head_dim), got shape {tuple(t.shape)}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be torch.float16 or torch.bfloat16, got {t.dtype}")
+        if t.device.type not in ("cuda", "cpu"):
+            raise ValueError(f"{name} must be on a CUDA device or the CPU, got device {t.device}")
+    q = tensors["q"]
+    for name, t in tensors.items():
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
+        if t.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{name} requires_grad, and the backward pass does not exist yet: "
+                f"call under torch.no_grad() or pass {name}.detach()"
+            )
+
+
+def check_shapes(q, k, v):
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"q's head_dim must be one of {HEAD_DIMS}, got {q.shape[3]} (shape {tuple(q.shape)})")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k's head_dim must be q's, {q.shape[3]}, got {k.shape[3]}")
+    if v.shape[3] != q.shape[3]:
+        raise ValueError(f"v's head_dim must be q's, {q.shape[3]}, got {v.shape[3]}")
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k's batch must be q's, {q.shape[0]}, got {k.shape[0]}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v's (batch, seqlen, heads) must be k's, {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}")
+    heads, heads_kv = q.shape[2], k.shape[2]
+    if heads != 0 and (heads_kv == 0 or heads % heads_kv):
+        raise ValueError(f"q's heads must be a multiple of k's heads, got {heads} and {heads_kv}")
+
+
+def check_off(name, value, off):
+    if isinstance(value, torch.Tensor) or not any(type(value) is type(o) and value == o for o in off):
+        allowed = " or ".join(repr(o) for o in off)
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise NotImplementedError(f"{name} is not supported yet: it must be {allowed}, got {shown}")
+
+
+def check_sm_margin(sm_margin, device):
+    if not isinstance(sm_margin, int) or isinstance(sm_margin, bool):
+        raise TypeError(f"sm_margin must be an int, got {sm_margin!r}")
+    limit = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+    if sm_margin < 0 or (limit is not None and sm_margin >= limit):
+        raise ValueError(f"sm_margin must be from 0 to one less than the device's {limit or ''} SMs, got {sm_margin}")
+
+
+def check_device(device):
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        raise NotImplementedError(
+            f"q is on {device}, {torch.cuda.get_device_name(device)} of compute capability {major}.{minor}; "
+            f"the kernels need a Hopper GPU, compute capability 9.0 (H100, H200, GH200)"
+        )
+
+
+def check_memory(name, t):
+    """What TMA asks of a tensor: unit stride in head_dim, every other stride and the address on 16 bytes."""
+    if 0 in t.shape:
+        return
+    if t.stride(3) != 1:
+        raise ValueError(f"{name}'s last dimension must be contiguous (stride 1), got strides {t.stride()}")
+    if any(size > 1 and stride * t.element_size() % 16 for size, stride in zip(t.shape[:3], t.stride())):
+        raise ValueError(f"{name}'s strides must be multiples of 16 bytes (8 elements), got strides {t.stride()}")
+    check_address(name, t)
+
+
+def check_address(name, t):
+    if t.data_ptr() % 16:
+        raise ValueError(f"{name}'s storage must start on 16 bytes, got address {t.data_ptr():#x}: clone it")
+
+
+def checked_scale(softmax_scale, head_dim):
+    if softmax_scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale must be a number or None, got {softmax_scale!r}")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale!r}")
+    return float(softmax_scale)

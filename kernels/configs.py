@@ -1,0 +1,131 @@
+"""Kernel configs: frozen data that fully decides a compiled kernel.
+
+A config is the key of every cache, prints as one line, and is refused when it is built if the hardware can't run it.
+This file imports nothing heavy: planning and looking up a cached kernel never load the DSL.
+"""
+
+from dataclasses import dataclass, fields
+
+SHARED_MEMORY_LIMIT = 227 * 1024  # bytes a block may use on Hopper (CUDA C++ guide, compute capability 9.0)
+REGISTER_FILE = 64 * 1024  # 32-bit registers on an SM
+WARPGROUP = 128  # threads
+DTYPE_BYTES = {"fp16": 2, "bf16": 2}
+
+
+class ConfigError(ValueError):
+    """A config that no Hopper GPU can run; the message says which limit it breaks, with the numbers."""
+
+
+def _one_line(config):
+    parts = (f"{f.name}={getattr(config, f.name)!r}" for f in fields(config))
+    return f"{type(config).__name__}({', '.join(parts)})"
+
+
+@dataclass(frozen=True, repr=False)
+class ForwardConfig:
+    """One forward kernel: O = softmax(Q Kᵀ · scale) V over tiles of tile_m queries and tile_n keys.
+
+    dtype: "fp16" or "bf16", of Q, K, V and O.
+    head_dim: 64, 128 or 256, of Q, K, V and O.
+    mask: "none", or "causal" aligned to the bottom right.
+    tile_m: queries a CTA owns at a time; 64 for each consumer warpgroup, so 64, 128 or 192.
+    tile_n: keys of one step of the mainloop, a multiple of 16.
+    stages: tiles of K, and of V, that are in flight.
+    pingpong: warpgroups take turns on the tensor cores, one's softmax under the other's GEMMs (paper, section 3.1).
+    overlap: S of the next tile is issued before the softmax of this one (paper, section 3.2, Algorithm 2).
+    scheduler: "persistent", one CTA an SM walking a list of tiles, or "single", one CTA a tile.
+    lse: write the log-sum-exp of each query row.
+    """
+
+    dtype: str = "bf16"
+    head_dim: int = 128
+    mask: str = "none"
+    tile_m: int = 128
+    tile_n: int = 128
+    stages: int = 2
+    pingpong: bool = True
+    overlap: bool = True
+    scheduler: str = "persistent"
+    lse: bool = True
+
+    family = "forward"
+
+    def __post_init__(self):
+        def one_of(name, allowed):
+            got = getattr(self, name)
+            if got not in allowed:
+                raise ConfigError(f"{name} must be one of {allowed}, got {got!r}")
+
+        one_of("dtype", tuple(DTYPE_BYTES))
+        one_of("head_dim", (64, 128, 256))
+        one_of("mask", ("none", "causal"))
+        one_of("tile_m", (64, 128, 192))
+        one_of("scheduler", ("persistent", "single"))
+        if not (16 <= self.tile_n <= 256 and self.tile_n % 16 == 0):
+            raise ConfigError(f"tile_n must be a multiple of 16 from 16 to 256, got {self.tile_n!r}")
+        if not 1 <= self.stages <= 8:
+            raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
+        if self.overlap and self.stages < 2:
+            raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
+        if self.pingpong and self.consumer_warpgroups < 2:
+            raise ConfigError(f"pingpong needs two consumer warpgroups, got tile_m={self.tile_m} (one)")
+        if self.shared_memory > SHARED_MEMORY_LIMIT:
+            raise ConfigError(
+                f"{self} needs {self.shared_memory} bytes of shared memory, a Hopper block has {SHARED_MEMORY_LIMIT}"
+            )
+        if self.live_registers > self.registers[1]:
+            raise ConfigError(
+                f"{self} keeps at least {self.live_registers} registers live in a consumer thread, "
+                f"which gets {self.registers[1]}"
+            )
+
+    __repr__ = _one_line
+
+    @property
+    def consumer_warpgroups(self):
+        return self.tile_m // 64
+
+    @property
+    def threads(self):
+        """Threads of a CTA: one producer warpgroup and the consumers."""
+        return WARPGROUP * (1 + self.consumer_warpgroups)
+
+    @property
+    def registers(self):
+        """Registers of a (producer, consumer) thread after setmaxnreg (paper, section 3.1)."""
+        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[self.consumer_warpgroups]
+
+    @property
+    def entry_registers(self):
+        """Registers of every thread at entry: the register file's equal share, in steps of 8, 255 at most."""
+        return min(255, REGISTER_FILE // self.threads // 8 * 8)
+
+    @property
+    def live_registers(self):
+        """Registers that the tiles alone hold in a consumer thread: S and O in fp32, P at half that beside S."""
+        S, O = 64 * self.tile_n // WARPGROUP, 64 * self.head_dim // WARPGROUP
+        return S + O + (S // 2 if self.overlap else 0)
+
+    @property
+    def tile_bytes(self):
+        """Bytes of the shared-memory tile of Q, of one stage of K (or V), and of O where O has its own."""
+        row = self.head_dim * DTYPE_BYTES[self.dtype]
+        return {"Q": self.tile_m * row, "K": self.tile_n * row, "O": 0 if self.o_reuses_q else self.tile_m * row}
+
+    @property
+    def o_reuses_q(self):
+        """O leaves through Q's shared memory when there is no room for both: the next Q then waits for the store."""
+        row = self.head_dim * DTYPE_BYTES[self.dtype]
+        own = (2 * self.tile_m + 2 * self.stages * self.tile_n) * row
+        return own + self.barrier_bytes > SHARED_MEMORY_LIMIT
+
+    @property
+    def barrier_bytes(self):
+        """mbarriers, full and empty, for Q and for each stage of K and V; padded to what the tiles' alignment asks."""
+        return -(-8 * 2 * (1 + 2 * self.stages) // 1024) * 1024
+
+    @property
+    def shared_memory(self):
+        """Bytes of dynamic shared memory a CTA asks for."""
+        t = self.tile_bytes
+        return self.barrier_bytes + t["Q"] + t["O"] + 2 * self.stages * t["K"]

@@ -1,0 +1,355 @@
+"""FlashAttention-3's forward pass for Hopper (arXiv 2407.08608, Algorithms 1 and 2).
+
+A CTA is one producer warpgroup, of which one thread drives TMA, and one to three consumer warpgroups of 64 query rows
+each. The names are the paper's: S = Q Kᵀ, P = exp(S - m), O = P V, m and l the running row maximum and sum.
+"""
+
+from dataclasses import dataclass
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.utils import SmemAllocator
+
+from .configs import WARPGROUP, ForwardConfig
+from .parts import barriers, tiles, wgmma
+from .parts.barriers import EPILOGUE_BARRIER, WARP, Turns
+from .parts.mask import RightMask
+from .parts.rounding import round_into
+from .parts.schedule import TileSchedule
+from .parts.softmax import OnlineSoftmax
+from .parts.sources import TmaSource
+
+DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
+ROWS = 64  # query rows of a consumer warpgroup: the M of a WGMMA
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a consumer warpgroup multiplies: Q, K, V as shared-memory operands, S, P, O in registers."""
+
+    qk: Constexpr
+    pv: Constexpr
+    Q: cute.Tensor
+    K: cute.Tensor
+    V: cute.Tensor
+    S: cute.Tensor
+    P: cute.Tensor
+    O: cute.Tensor
+
+
+class ForwardKernel:
+    """The kernel that a ForwardConfig describes; called with tensors of (batch, seqlen, heads, head_dim)."""
+
+    def __init__(self, config: ForwardConfig):
+        self.config = config
+        self.dtype = DTYPES[config.dtype]
+
+    @cute.jit
+    def __call__(
+        self,
+        Q: cute.Tensor,  # (batch, seqlen_q, heads, head_dim)
+        K: cute.Tensor,  # (batch, seqlen_k, heads_kv, head_dim)
+        V: cute.Tensor,  # like K
+        O: cute.Tensor,  # like Q
+        LSE: cute.Tensor | None,  # (batch, heads, seqlen_q) fp32, natural log
+        softmax_scale: Float32,
+        head_group: Int32,  # heads whose tiles are worked on together (parts/schedule.py)
+        ctas: Int32,  # persistent: CTAs to start
+        stream: cuda.CUstream,
+    ):
+        c = self.config
+        by_head = [1, 3, 2, 0]  # (seqlen, head_dim, heads, batch)
+        Q, K, V, O = (cute.make_tensor(t.iterator, cute.select(t.layout, mode=by_head)) for t in (Q, K, V, O))
+        q_layout = tiles.smem_layout(self.dtype, ROWS, c.head_dim, c.consumer_warpgroups)
+        k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
+        load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
+        load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
+        load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
+        store_o, O = tiles.tma_store(O, q_layout, ROWS, c.head_dim)
+        query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
+        grid = ctas if c.scheduler == "persistent" else query_tiles * Q.shape[2] * Q.shape[3]
+        self.kernel(
+            (load_q, load_k, load_v, store_o), Q, K, V, O, LSE, softmax_scale * Float32(1.4426950408889634), head_group, q_layout, k_layout
+        ).launch(
+            grid=[grid, 1, 1],
+            block=[c.threads, 1, 1],
+            smem=c.shared_memory,
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    def fake_arguments(self):
+        """What __call__ takes, as the compiler wants it described: every extent and stride decided at run time."""
+        c = self.config
+        batch, seqlen_q, seqlen_k, heads, heads_kv = (cute.sym_int32() for _ in range(5))
+
+        def tensor(seqlen, heads):
+            strides = (*(cute.sym_int64(divisibility=16 * 8 // self.dtype.width) for _ in range(3)), 1)
+            return make_fake_tensor(self.dtype, (batch, seqlen, heads, c.head_dim), strides, assumed_align=16)
+
+        lse = None
+        if c.lse:
+            lse = make_fake_tensor(Float32, (batch, heads, seqlen_q), (cute.sym_int64(), cute.sym_int64(), 1))
+        q, k, v, o = (tensor(*shape) for shape in ((seqlen_q, heads), (seqlen_k, heads_kv), (seqlen_k, heads_kv), (seqlen_q, heads)))
+        return q, k, v, o, lse, Float32(1.0), Int32(1), Int32(1), make_fake_stream(use_tvm_ffi_env_stream=True)
+
+    @cute.kernel
+    def kernel(
+        self,
+        copies: tuple[cute.CopyAtom, cute.CopyAtom, cute.CopyAtom, cute.CopyAtom],
+        Q: cute.Tensor,
+        K: cute.Tensor,
+        V: cute.Tensor,
+        O: cute.Tensor,
+        LSE: cute.Tensor | None,
+        scale_log2: Float32,
+        head_group: Int32,
+        q_layout: cute.ComposedLayout,
+        k_layout: cute.ComposedLayout,
+    ):
+        c = self.config
+        thread = cute.arch.thread_idx()[0]
+        warpgroup_index = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        warp_index = cute.arch.make_warp_uniform(thread // WARP)
+
+        smem = SmemAllocator()
+        q_barriers = smem.allocate_array(cutlass.Int64, 2)
+        k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
+        v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
+        sQ = smem.allocate_tensor(self.dtype, q_layout.outer, byte_alignment=1024, swizzle=q_layout.inner)
+        sK = smem.allocate_tensor(self.dtype, k_layout.outer, byte_alignment=1024, swizzle=k_layout.inner)
+        sV = smem.allocate_tensor(self.dtype, k_layout.outer, byte_alignment=1024, swizzle=k_layout.inner)
+        if cutlass.const_expr(c.o_reuses_q):
+            sO = sQ
+        else:
+            sO = smem.allocate_tensor(self.dtype, q_layout.outer, byte_alignment=1024, swizzle=q_layout.inner)
+
+        consumer_warps = c.consumer_warpgroups * WARPGROUP // WARP
+        q_ring = barriers.tma_ring(q_barriers, 1, c.tile_bytes["Q"], consumer_warps)
+        k_ring = barriers.tma_ring(k_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
+        v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
+        if warp_index == 0:
+            for copy in copies:
+                cpasync.prefetch_descriptor(copy)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
+        heads, batch = Q.shape[2], Q.shape[3]
+        query_tiles = cute.ceil_div(seqlen_q, c.tile_m)
+        schedule = TileSchedule(
+            c.scheduler == "persistent", c.mask == "causal", query_tiles, heads, batch, head_group
+        )
+        mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
+        rings = (q_ring, k_ring, v_ring)
+
+        if warpgroup_index == 0:
+            cute.arch.setmaxregister_decrease(c.registers[0])
+            if warp_index == 0:
+                self.produce(schedule, mask, rings, copies, (Q, K, V), (sQ, sK, sV))
+        else:
+            cute.arch.setmaxregister_increase(c.registers[1])
+            self.consume(
+                schedule, mask, rings, copies[3], O, LSE, scale_log2, (sQ, sK, sV, sO), warpgroup_index - 1, thread % WARPGROUP
+            )
+
+    @cute.jit
+    def produce(self, schedule, mask, rings, copies, tensors, shared):
+        """One warp: for each tile, Q, then K and V from the last tile to the first, in the order they are consumed."""
+        c = self.config
+        q_ring, k_ring, v_ring = rings
+        q_at, k_at, v_at = barriers.producing(1), barriers.producing(c.stages), barriers.producing(c.stages)
+        group = tensors[0].shape[2] // tensors[1].shape[2]  # query heads of a K/V head
+        for round in cutlass.range(schedule.rounds(), unroll=1):
+            tile, head, batch = schedule.tile(round)
+            n_stop, n_unmasked = mask.key_tiles(tile)
+            if n_stop > 0:
+                source_q = TmaSource.of_head(q_ring, copies[0], shared[0], tensors[0], head, batch)
+                source_k = TmaSource.of_head(k_ring, copies[1], shared[1], tensors[1], head // group, batch)
+                source_v = TmaSource.of_head(v_ring, copies[2], shared[2], tensors[2], head // group, batch)
+                q_at = source_q.bring_all(tile * c.consumer_warpgroups, q_at)
+                k_at = source_k.bring(n_stop - 1, k_at)
+                for step in cutlass.range(n_stop - 1, unroll=1):
+                    n = n_stop - 2 - step
+                    if cutlass.const_expr(c.overlap):
+                        k_at = source_k.bring(n, k_at)
+                        v_at = source_v.bring(n + 1, v_at)
+                    else:
+                        v_at = source_v.bring(n + 1, v_at)
+                        k_at = source_k.bring(n, k_at)
+                v_at = source_v.bring(0, v_at)
+        q_ring.producer_tail(q_at)
+        k_ring.producer_tail(k_at)
+        v_ring.producer_tail(v_at)
+
+    @cute.jit
+    def consume(self, schedule, mask, rings, store_o, O, LSE, scale_log2, shared, w, thread):
+        """One warpgroup: for each tile, its 64 rows of O and of LSE."""
+        c = self.config
+        sQ, sK, sV, sO = shared
+        qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
+        pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
+        qk, pv = cute.make_tiled_mma(qk_op), cute.make_tiled_mma(pv_op)
+        operands = Operands(
+            qk=qk_op,
+            pv=pv_op,
+            Q=qk.make_fragment_A(qk.get_slice(0).partition_A(sQ))[None, None, None, w],
+            K=qk.make_fragment_B(qk.get_slice(0).partition_B(sK)),
+            V=pv.make_fragment_B(pv.get_slice(0).partition_B(tiles.transposed(sV))),
+            S=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), Float32),
+            P=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), self.dtype),
+            O=cute.make_rmem_tensor(pv.partition_shape_C((ROWS, c.head_dim)), Float32),
+        )
+        softmax = OnlineSoftmax.start(scale_log2)
+        turns = Turns(c.pingpong, c.consumer_warpgroups, w)
+        turns.begin()
+        q_at, k_at, v_at = barriers.consuming(1), barriers.consuming(c.stages), barriers.consuming(c.stages)
+        for round in cutlass.range(schedule.rounds(), unroll=1):
+            tile, head, batch = schedule.tile(round)
+            operands.O.fill(0.0)
+            softmax.reset()
+            n_stop, n_unmasked = mask.key_tiles(tile)
+            if n_stop > 0:
+                q_at, k_at, v_at = self.mainloop(
+                    operands, softmax, mask, turns, rings, (q_at, k_at, v_at), tile, w, thread
+                )
+            softmax.finish(operands.O)
+            self.epilogue(operands, softmax.m, store_o, O, LSE, sO, tile, head, batch, w, thread)
+            if cutlass.const_expr(c.o_reuses_q):
+                if n_stop > 0:
+                    self.wait_for_store(thread)
+                    rings[0].consumer_release(q_at)
+                    q_at.advance()
+        self.wait_for_store(thread)
+
+    @cute.jit
+    def mainloop(self, t, softmax, mask, turns, rings, places, tile, w, thread):
+        """Tiles of K and V from the last to the first: those that need masking, then the others without it."""
+        c = self.config
+        n_stop, n_unmasked = mask.key_tiles(tile)
+        first_row = tile * c.tile_m + w * ROWS
+        q_at, k_at, v_at = places
+        step = self.overlapped_step if c.overlap else self.plain_step
+        first = self.first_s if c.overlap else self.plain_step
+        rings[0].consumer_wait(q_at)
+        k_at, v_at = first(t, softmax, mask, turns, rings, k_at, v_at, n_stop - 1, n_unmasked, first_row, thread)
+        for i in cutlass.range(n_stop - 1, unroll=1):
+            k_at, v_at = step(t, softmax, mask, turns, rings, k_at, v_at, n_stop - 2 - i, n_unmasked, first_row, thread)
+        if cutlass.const_expr(not c.o_reuses_q):
+            rings[0].consumer_release(q_at)
+            q_at.advance()
+        if cutlass.const_expr(c.overlap):
+            v_at = self.last_o(t, rings, v_at)
+        return q_at, k_at, v_at
+
+    @cute.jit
+    def plain_step(self, t, softmax, mask, turns, rings, k_at, v_at, n, n_unmasked, first_row, thread):
+        """Algorithm 1: S, softmax and O of tile n, one after the other."""
+        q_ring, k_ring, v_ring = rings
+        k_ring.consumer_wait(k_at)
+        turns.take()
+        wgmma.issue(t.qk, t.S, t.Q, t.K[None, None, None, k_at.index], zero=True)  # S = Q K_nᵀ
+        wgmma.wait(0)
+        turns.give()
+        k_ring.consumer_release(k_at)
+        if n >= n_unmasked:
+            mask.apply(t.S, first_row, n, thread)
+        softmax.step(t.S, may_be_empty=mask.causal)
+        round_into(t.P, t.S)
+        softmax.rescale(t.O)
+        v_ring.consumer_wait(v_at)
+        wgmma.issue(t.pv, t.O, wgmma.as_operand(t.P, self.config.tile_n), t.V[None, None, None, v_at.index], zero=False)
+        wgmma.wait(0)
+        v_ring.consumer_release(v_at)
+        k_at.advance()
+        v_at.advance()
+        return k_at, v_at
+
+    @cute.jit
+    def first_s(self, t, softmax, mask, turns, rings, k_at, v_at, n, n_unmasked, first_row, thread):
+        """Algorithm 2 before its loop: S and P of the first tile, with nothing to overlap yet."""
+        q_ring, k_ring, v_ring = rings
+        k_ring.consumer_wait(k_at)
+        wgmma.issue(t.qk, t.S, t.Q, t.K[None, None, None, k_at.index], zero=True)
+        wgmma.wait(0)
+        k_ring.consumer_release(k_at)
+        if n >= n_unmasked:
+            mask.apply(t.S, first_row, n, thread)
+        softmax.step(t.S, may_be_empty=mask.causal)
+        round_into(t.P, t.S)
+        k_at.advance()
+        if n > 0:
+            k_ring.consumer_wait(k_at)
+        return k_at, v_at
+
+    @cute.jit
+    def overlapped_step(self, t, softmax, mask, turns, rings, k_at, v_at, n, n_unmasked, first_row, thread):
+        """Algorithm 2's loop: the tensor cores work on S of tile n and O of tile n + 1 while the softmax waits for S."""
+        q_ring, k_ring, v_ring = rings
+        turns.take()
+        wgmma.issue(t.qk, t.S, t.Q, t.K[None, None, None, k_at.index], zero=True)  # S_next = Q K_nᵀ
+        v_ring.consumer_wait(v_at)
+        wgmma.issue(t.pv, t.O, wgmma.as_operand(t.P, self.config.tile_n), t.V[None, None, None, v_at.index], zero=False)  # O += P V_{n+1}
+        turns.give()
+        wgmma.wait(1)
+        k_ring.consumer_release(k_at)
+        k_at.advance()
+        if cutlass.const_expr(mask.causal):
+            if n >= n_unmasked:
+                mask.apply(t.S, first_row, n, thread)
+        softmax.step(t.S, may_be_empty=mask.causal)
+        # The branch also keeps ptxas from moving the wait for O up, over the exponentials.
+        if n > 0:
+            k_ring.consumer_wait(k_at)
+        wgmma.wait(0)
+        v_ring.consumer_release(v_at)
+        round_into(t.P, t.S)
+        softmax.rescale(t.O)
+        v_at.advance()
+        return k_at, v_at
+
+    @cute.jit
+    def last_o(self, t, rings, v_at):
+        """Algorithm 2 after its loop: O += P V of the last tile."""
+        q_ring, k_ring, v_ring = rings
+        v_ring.consumer_wait(v_at)
+        wgmma.issue(t.pv, t.O, wgmma.as_operand(t.P, self.config.tile_n), t.V[None, None, None, v_at.index], zero=False)
+        wgmma.wait(0)
+        v_ring.consumer_release(v_at)
+        v_at.advance()
+        return v_at
+
+    @cute.jit
+    def epilogue(self, t, lse, store_o, O, LSE, sO, tile, head, batch, w, thread):
+        """LSE straight to memory; O to shared memory and from there by TMA, which clips the rows past the end."""
+        c = self.config
+        if cutlass.const_expr(LSE is not None):
+            if thread % 4 == 0:
+                for r in cutlass.range_constexpr(2):
+                    row = tile * c.tile_m + w * ROWS + wgmma.row_in_tile(thread, r)
+                    if row < O.shape[0]:
+                        LSE[batch, head, row] = lse[r]
+        self.wait_for_store(thread)
+        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + w, number_of_threads=WARPGROUP)
+        to_shared = cute.make_tiled_copy_C(
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), cute.make_tiled_mma(t.pv)
+        ).get_slice(thread)
+        rounded = cute.make_rmem_tensor(t.O.layout, self.dtype)
+        rounded.store(t.O.load().to(self.dtype))
+        cute.copy(to_shared, to_shared.retile(rounded), to_shared.partition_D(sO[None, None, w]))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + w, number_of_threads=WARPGROUP)
+        if thread < WARP:
+            tO, gO = tiles.partition(store_o, sO, O, head, batch)
+            cute.copy(store_o, tO[None, w], gO[None, tile * c.consumer_warpgroups + w])
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def wait_for_store(self, thread):
+        """The warp that stores waits until TMA has read what it stored, so that the shared memory is free again."""
+        if thread < WARP:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)

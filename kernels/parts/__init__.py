@@ -1,0 +1,1 @@
+"""What the kernels are made of, one idea a file."""

@@ -1,0 +1,62 @@
+"""Who waits for whom inside a CTA: rings of shared-memory stages, and warpgroups that take turns."""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32, pipeline
+
+# Named barriers; 0 is __syncthreads. Warpgroup w uses base + w.
+EPILOGUE_BARRIER = 1
+TURN_BARRIER = 4
+WARP = 32
+WARPGROUP = 128
+
+
+def tma_ring(mbarriers, stages, bytes_a_stage, consumer_warps):
+    """Stages filled by TMA (one thread issues) and emptied by consumer_warps warps."""
+    return pipeline.PipelineTmaAsync.create(
+        barrier_storage=mbarriers,
+        num_stages=stages,
+        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps),
+        tx_count=bytes_a_stage,
+        defer_sync=True,
+    )
+
+
+def producing(stages):
+    """The producer's place in a ring of so many stages."""
+    return pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
+
+
+def consuming(stages):
+    """A consumer's place in a ring of so many stages."""
+    return pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, stages)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Warpgroups issue their GEMMs in turn (pingpong, paper section 3.1); a no-op where `on` is False."""
+
+    on: Constexpr[bool]
+    warpgroups: Constexpr[int]
+    warpgroup: Int32
+
+    @cute.jit
+    def begin(self):
+        """Once, before the first turn: the last warpgroup lets warpgroup 0 start."""
+        if cutlass.const_expr(self.on):
+            if self.warpgroup == self.warpgroups - 1:
+                self.give()
+
+    @cute.jit
+    def take(self):
+        if cutlass.const_expr(self.on):
+            cute.arch.barrier(barrier_id=TURN_BARRIER + self.warpgroup, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def give(self):
+        if cutlass.const_expr(self.on):
+            following = self.warpgroup + 1 if self.warpgroup + 1 < self.warpgroups else Int32(0)
+            cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + following, number_of_threads=2 * WARPGROUP)

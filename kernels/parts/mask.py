@@ -1,0 +1,60 @@
+"""Masks: which tiles of K a tile of queries needs, which of those need masking, and the masking of one tile of S.
+
+Both masks bound a row on the right: query i sees the keys below visible(i).
+    none     visible(i) = seqlen_k
+    causal   visible(i) = i + seqlen_k - seqlen_q + 1, aligned to the bottom right, as FlashAttention has it
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32
+
+from . import wgmma
+
+WORD = 24  # columns of a thread whose visibility travels in one integer; under 32, so that the shift is defined
+
+
+@dataclass(frozen=True)
+class RightMask:
+    """causal: the mask's kind, fixed at compile time. tile_m, tile_n: the tile's shape."""
+
+    causal: Constexpr[bool]
+    tile_m: Constexpr[int]
+    tile_n: Constexpr[int]
+    seqlen_q: Int32
+    seqlen_k: Int32
+
+    @cute.jit
+    def key_tiles(self, tile):
+        """(stop, unmasked): tile of queries number `tile` needs key tiles 0..stop-1; those under `unmasked` in full."""
+        stop = cute.ceil_div(self.seqlen_k, self.tile_n)
+        unmasked = self.seqlen_k // self.tile_n
+        if cutlass.const_expr(self.causal):
+            first_row = tile * self.tile_m + self.seqlen_k - self.seqlen_q
+            stop = min(stop, max(0, first_row + self.tile_m + self.tile_n - 1) // self.tile_n)
+            unmasked = min(unmasked, max(0, first_row + 1) // self.tile_n)
+        return stop, unmasked
+
+    def visible(self, row):
+        """The keys that query `row` sees are those below this number, which may be negative or over seqlen_k."""
+        return row + (self.seqlen_k - self.seqlen_q + 1) if self.causal else self.seqlen_k
+
+    @cute.jit
+    def apply(self, S: cute.Tensor, first_row, n, thread):
+        """-inf where query first_row + row_in_tile(...) does not see a key of tile n.
+
+        A thread's columns of a row rise with the index, so a row's visibility is a count; as the low bits of a word it
+        costs one bit test a score, which the compiler turns into predicates seven at a time (R2P).
+        """
+        s = wgmma.flat(S)
+        for r in cutlass.range_constexpr(2):
+            row = [i for i in range(cute.size(s)) if i // 2 % 2 == r]
+            left = self.visible(first_row + wgmma.row_in_tile(thread, r)) - n * self.tile_n - 2 * (thread % 4)
+            count = (left >> 3) * 2 + min(left & 7, 2)
+            for w in cutlass.range_constexpr(0, len(row), WORD):
+                bits = (Int32(1) << min(max(count - w, 0), WORD)) - 1
+                for b in cutlass.range_constexpr(min(WORD, len(row) - w)):
+                    i = row[w + b]
+                    s[i] = s[i] if bits & (1 << b) else -Float32.inf

@@ -1,0 +1,26 @@
+"""fp32 fragments rounded to fp16 or bf16, two scores an instruction."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from . import wgmma
+
+PTX = {cutlass.Float16: "cvt.rn.f16x2.f32", cutlass.BFloat16: "cvt.rn.bf16x2.f32"}
+
+
+@cute.jit
+def round_into(target: cute.Tensor, source: cute.Tensor):
+    """target = source, to nearest even, exactly here.
+
+    Written as PTX because LLVM sinks ordinary conversions to their first use. For P that is between two WGMMAs, where
+    the fp32 values stay live twice as wide and ptxas, seeing an operand written in mid-pipeline, serialises every WGMMA.
+    """
+    dtype = target.element_type
+    pairs, values = cute.recast_tensor(wgmma.flat(target), Int32), wgmma.flat(source)
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        pairs[i] = cute.arch.inline_ptx(
+            PTX[dtype] + " {$w0}, {$r1}, {$r0};",
+            write_only_types=[Int32],
+            read_only_args=[Float32(values[2 * i]), Float32(values[2 * i + 1])],
+        )

@@ -1,0 +1,46 @@
+"""Warpgroup matrix multiply: one warpgroup, 64 rows, accumulators in registers.
+
+Where an accumulator's elements live (PTX ISA, "wgmma register fragments", m64nNk16): in warp w, lane l, row half r and
+column group j, elements (c, r, j) for c in 0, 1 are columns 8j + 2(l % 4) + c of row 16w + l / 4 + 8r. A fragment is
+stored as ((2, 2, N/8), 1, 1) in that order, so element i of it, flat, has c = i % 2, r = i / 2 % 2, j = i / 4.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+
+def operation(dtype, n, b_major, a_source):
+    """The WGMMA of A (64, k) times B (n, k): K-major A, fp32 accumulators."""
+    return warpgroup.MmaF16BF16Op(dtype, cutlass.Float32, (64, n, 16), a_source, OperandMajorMode.K, b_major)
+
+
+@cute.jit
+def issue(op: cutlass.Constexpr, acc: cute.Tensor, A: cute.Tensor, B: cute.Tensor, zero: cutlass.Constexpr[bool]):
+    """acc (+)= A Bᵀ as one group of WGMMAs in flight: acc and a register A must not be touched until it is waited for."""
+    mma = cute.make_tiled_mma(op)
+    warpgroup.fence()
+    for k in cutlass.range_constexpr(cute.size(A, mode=[2])):
+        mma.set(warpgroup.Field.ACCUMULATE, not (zero and k == 0))
+        cute.gemm(mma, acc, A[None, None, k], B[None, None, k], acc)
+    warpgroup.commit_group()
+
+
+def wait(groups_in_flight):
+    """Waits until at most this many of the warpgroup's committed groups are still in flight."""
+    warpgroup.wait_group(groups_in_flight)
+
+
+def row_in_tile(thread, half):
+    """Row (0 to 63) of this warpgroup's tile that row half 0 or 1 of a thread's fragment belongs to."""
+    return thread // 32 * 16 + thread % 32 // 4 + 8 * half
+
+
+def flat(fragment):
+    """A fragment as one compact vector, element i as in this file's first paragraph."""
+    return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
+
+
+def as_operand(P, k):
+    """The fp16/bf16 fragment P (64, k) of an accumulator, seen as register operand A: the same registers, regrouped."""
+    return cute.make_tensor(P.iterator, cute.make_layout(((2, 2, 2), 1, k // 16), stride=((1, 2, 4), 0, 8)))

@@ -1,0 +1,113 @@
+"""python -m perf: the command line, and nothing else."""
+
+import argparse
+import sys
+
+from perf import PerfError, peers, suites
+
+
+def words(text):
+    return [word for word in text.split(",") if word]
+
+
+def integers(text):
+    try:
+        return [int(word) for word in words(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+
+
+def dtypes(text):
+    unknown = [word for word in words(text) if word not in suites.ELEMENT_BYTES]
+    if unknown or not words(text):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(suites.ELEMENT_BYTES)}, separated by commas, got {text!r}")
+    return words(text)
+
+
+def count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="python -m perf", description="Measures this project beside its peers on a Hopper GPU.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="measure a suite, print a table, write a result file")
+    run.add_argument("--suite", choices=suites.SUITES, default="paper", help="default: paper")
+    run.add_argument("--direction", choices=["fwd"], default="fwd", help="only the forward is measured so far")
+    run.add_argument("--dtype", type=dtypes, default=["bf16"], metavar="DTYPE,...", help="bf16 (default), fp16")
+    run.add_argument(
+        "--providers", type=words, default=list(peers.PROVIDERS), metavar="NAME,...", help=f"default: {','.join(peers.PROVIDERS)}"
+    )
+    run.add_argument("--head-dim", type=integers, metavar="D,...", help="only these head dims")
+    run.add_argument("--causal", action=argparse.BooleanOptionalAction, help="only causal points, or only the others")
+    run.add_argument("--seqlen", type=integers, metavar="S,...", help="only these lengths of q")
+    run.add_argument("--rounds", type=count, default=5, metavar="N", help="rounds at each point; default: 5")
+    run.add_argument("--out", metavar="FILE", help="default: perf/results/DATE-SUITE-DIRECTION-GPU.json; nothing is overwritten")
+    run.add_argument("--commit", metavar="HASH", help="the commit measured, where the tree was copied without its git history")
+
+    show = commands.add_parser("show", help="print a result file's table")
+    show.add_argument("file")
+
+    compare = commands.add_parser("compare", help="what moved between two result files; exit code 1 if a point slid by over 2 %%")
+    compare.add_argument("old")
+    compare.add_argument("new")
+    compare.add_argument("--provider", default="fa3", help="whose movement is judged; default: fa3")
+
+    report = commands.add_parser("report", help="draw a result file as bar charts (PNG)")
+    report.add_argument("file")
+    report.add_argument("--out", metavar="DIR", help="default: report/NAME OF THE FILE")
+    return top
+
+
+def dispatch(options):
+    if options.command == "compare":
+        from perf import compare
+
+        return compare.run(options.old, options.new, options.provider)
+    if options.command == "report":
+        from perf import report
+
+        return report.run(options.file, options.out)
+
+    from rich.console import Console
+
+    console = Console()
+    if options.command == "show":
+        from perf import results, table
+
+        table.show(results.read(options.file), console)
+        return 0
+
+    from perf import runner
+
+    filters = {
+        "head_dims": options.head_dim,
+        "causal": options.causal,
+        "seqlens": options.seqlen,
+        "dtypes": options.dtype,
+        "direction": options.direction,
+    }
+    return runner.run(
+        suite=options.suite,
+        filters=filters,
+        providers=peers.providers(options.providers),
+        rounds=options.rounds,
+        out=options.out,
+        commit=options.commit,
+        console=console,
+    )
+
+
+def main(arguments=None):
+    try:
+        return dispatch(parser().parse_args(arguments))
+    except PerfError as error:
+        print(f"perf: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Who is measured: this project and its peers, one small object each.
+
+A provider says why it can't be measured (available), which version it is, and makes, from a point and its tensors,
+a callable that runs one forward. To add one, write a class and put it into PROVIDERS.
+"""
+
+import importlib
+import importlib.metadata
+from contextlib import nullcontext
+from typing import NamedTuple
+
+from perf import PerfError
+
+
+class Tensors(NamedTuple):
+    """q (batch, seqlen_q, heads, head_dim); k and v (batch, seqlen_k, heads_kv, head_dim)."""
+
+    q: object
+    k: object
+    v: object
+
+
+class Unsupported(Exception):
+    """The provider can't compute this point; the message says why."""
+
+
+class Provider:
+    name: str
+
+    def available(self):
+        """None, or the reason why this provider can't be measured here."""
+        raise NotImplementedError
+
+    def version(self):
+        raise NotImplementedError
+
+    def make(self, point, tensors):
+        """A callable without arguments that runs one forward and returns its output (or a tuple that starts with it).
+
+        Whatever the provider needs prepared is prepared here, outside of the timing.
+        """
+        raise NotImplementedError
+
+    def context(self):
+        """Entered around every burst of launches, outside of the timing."""
+        return nullcontext()
+
+    def config_line(self, point, tensors):
+        """One line that says which kernel and configuration the provider runs at this point, or None."""
+        return None
+
+
+class Package(Provider):
+    """A provider that is a function `flash_attn_func(q, k, v, causal=...)` in an importable package."""
+
+    def __init__(self, name, module, distribution, hint):
+        self.name = name
+        self.module = module
+        self.distribution = distribution
+        self.hint = hint
+
+    def available(self):
+        try:
+            module = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            return f"{error} ({self.hint})"
+        except Exception as error:  # a wheel built for another torch or CUDA fails in its own way
+            return f"import {self.module} failed: {reason(error)}"
+        if not hasattr(module, "flash_attn_func"):
+            return f"{self.module} has no flash_attn_func"
+        return None
+
+    def version(self):
+        try:
+            return f"{self.distribution} {importlib.metadata.version(self.distribution)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{self.distribution} (version unknown: imported, but not installed)"
+
+    def make(self, point, tensors):
+        flash_attn_func = importlib.import_module(self.module).flash_attn_func
+        q, k, v = tensors
+        causal = point.causal
+        return lambda: flash_attn_func(q, k, v, causal=causal)
+
+
+class ThisProject(Package):
+    def config_line(self, point, tensors):
+        explain = getattr(importlib.import_module(self.module), "explain", None)
+        return None if explain is None else str(explain(*tensors, causal=point.causal))
+
+
+class ScaledDotProductAttention(Provider):
+    """torch's scaled_dot_product_attention, held to one backend."""
+
+    backend: str
+
+    def context(self):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(getattr(SDPBackend, self.backend))
+
+    def mask(self, point):
+        """scaled_dot_product_attention's mask arguments; its is_causal is aligned to the top left, ours to the bottom right."""
+        if point.causal and point.seqlen_q != point.seqlen_k:
+            raise Unsupported("SDPA's is_causal is aligned to the top left, so seqlen_q != seqlen_k isn't the same problem")
+        return {"is_causal": point.causal}
+
+    def make(self, point, tensors):
+        from torch.nn.functional import scaled_dot_product_attention
+
+        q, k, v = (tensor.transpose(1, 2) for tensor in tensors)  # views: (batch, heads, seqlen, head_dim)
+        arguments = self.mask(point)
+        if point.heads != point.heads_kv:
+            arguments["enable_gqa"] = True
+        return lambda: scaled_dot_product_attention(q, k, v, **arguments).transpose(1, 2)
+
+
+class Cudnn(ScaledDotProductAttention):
+    name = "cudnn"
+    backend = "CUDNN_ATTENTION"
+
+    def available(self):
+        import torch
+
+        return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
+
+    def version(self):
+        import torch
+
+        return f"cuDNN {torch.backends.cudnn.version()} in torch {torch.__version__}"
+
+
+class FlashAttention2(ScaledDotProductAttention):
+    name = "fa2"
+    backend = "FLASH_ATTENTION"
+
+    def available(self):
+        import torch
+
+        return None if torch.backends.cuda.is_flash_attention_available() else "this torch was built without FlashAttention"
+
+    def version(self):
+        import torch
+
+        return f"FlashAttention-2 in torch {torch.__version__}"
+
+    def mask(self, point):
+        if point.causal and point.seqlen_q != point.seqlen_k:
+            from torch.nn.attention.bias import causal_lower_right
+
+            return {"attn_mask": causal_lower_right(point.seqlen_q, point.seqlen_k)}
+        return {"is_causal": point.causal}
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        ThisProject("fa3", "fa3", "fa3", "pip install -e ."),
+        Cudnn(),
+        FlashAttention2(),
+        Package("fa4", "flash_attn.cute", "flash-attn-4", "pip install flash-attn-4"),
+        Package("fa3-pypi", "fa3_fwd_interface", "fa3-fwd", "pip install fa3-fwd"),
+    )
+}
+
+
+def providers(names):
+    """The providers of these names, in this order."""
+    unknown = [name for name in names if name not in PROVIDERS]
+    if unknown:
+        raise PerfError(f"--providers: unknown {', '.join(unknown)}; known are {', '.join(PROVIDERS)}")
+    return [PROVIDERS[name] for name in dict.fromkeys(names)]
+
+
+def reason(error):
+    """An exception as one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,121 @@
+"""The public functions on CPU tensors: values, LSE, dtypes, layouts and defaults, with the semantics of the kernels."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fa3
+from fa3 import flash_attn_func, flash_attn_qkvpacked_func
+
+FP16, BF16 = torch.float16, torch.bfloat16
+dtypes = pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+
+
+def normal(batch, seqlen, heads, d, dtype=BF16):
+    g = torch.Generator().manual_seed(seqlen * 100 + heads)
+    return torch.randn(batch, seqlen, heads, d, generator=g).to(dtype)
+
+
+def by_torch(q, k, v, scale=None, causal=False):
+    """(O, LSE) in fp32 by torch's own attention, given the mask as a matrix; for rows that each see something."""
+    Q, K, V = (x.float().transpose(1, 2) for x in (q, k, v))
+    K, V = (x.repeat_interleave(Q.shape[1] // K.shape[1], dim=1) for x in (K, V))
+    seen = torch.ones(Q.shape[2], K.shape[2], dtype=torch.bool)
+    if causal:
+        seen = seen.tril(K.shape[2] - Q.shape[2])
+    out = F.scaled_dot_product_attention(Q, K, V, attn_mask=seen, scale=scale).transpose(1, 2)
+    scores = Q @ K.mT * (scale if scale is not None else Q.shape[3] ** -0.5)
+    return out, scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
+
+
+@dtypes
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("heads, heads_kv", [(4, 4), (4, 1), (6, 2)], ids=["mha", "mqa", "gqa"])
+@pytest.mark.parametrize("scale", [None, 0.3, -0.1, 0.0, 1])
+def test_values(dtype, d, causal, heads, heads_kv, scale):
+    q, k, v = normal(2, 21, heads, d, dtype), normal(2, 34, heads_kv, d, dtype), normal(2, 34, heads_kv, d, dtype) + 1
+    out, lse = flash_attn_func(q, k, v, softmax_scale=scale, causal=causal, return_attn_probs=True)
+    want, want_lse = by_torch(q, k, v, scale, causal)
+    assert (out.dtype, out.shape, lse.dtype, lse.shape) == (dtype, q.shape, torch.float32, (2, heads, 21))
+    torch.testing.assert_close(out.float(), want, rtol=torch.finfo(dtype).eps, atol=1e-5)  # fp32 inside, rounded once
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    assert torch.equal(flash_attn_func(q, k, v, softmax_scale=scale, causal=causal), out)
+
+
+@dtypes
+def test_rows_that_see_nothing(dtype):
+    q, k, v = normal(2, 9, 4, 64, dtype), normal(2, 4, 2, 64, dtype), normal(2, 4, 2, 64, dtype)
+    out, lse = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    assert (out[:, :5] == 0).all() and (lse[:, :, :5] == float("-inf")).all()
+    want, want_lse = by_torch(q[:, 5:], k, v, causal=True)
+    torch.testing.assert_close(out[:, 5:].float(), want, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(lse[:, :, 5:], want_lse, rtol=1e-5, atol=1e-5)
+    out, lse = flash_attn_func(q, k[:, :0], v[:, :0], return_attn_probs=True)
+    assert out.dtype == dtype and (out == 0).all() and (lse == float("-inf")).all()
+
+
+def test_nothing_in_nothing_out():
+    for batch, seqlen_q, seqlen_k in ((0, 5, 7), (2, 0, 7), (0, 0, 0)):
+        q, k, v = normal(batch, seqlen_q, 4, 64), normal(batch, seqlen_k, 2, 64), normal(batch, seqlen_k, 2, 64)
+        out, lse = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+        assert out.shape == q.shape and out.dtype == q.dtype and lse.shape == (batch, 4, seqlen_q)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_qkvpacked_equals_separate(causal):
+    qkv = normal(2, 20, 12, 64)
+    five = qkv.view(2, 20, 3, 4, 64)
+    options = dict(softmax_scale=0.2, causal=causal, return_attn_probs=True)
+    got = flash_attn_qkvpacked_func(five, **options)
+    want = flash_attn_func(five[:, :, 0], five[:, :, 1], five[:, :, 2], **options)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    got = flash_attn_qkvpacked_func(qkv, num_heads_q=8, **options)
+    want = flash_attn_func(qkv[:, :, :8], qkv[:, :, 8:10], qkv[:, :, 10:], **options)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert torch.equal(flash_attn_qkvpacked_func(five, 0.2, causal), flash_attn_qkvpacked_func(five, **options)[0])
+
+
+def test_values_that_mean_off_are_accepted():
+    q, k, v = normal(1, 20, 4, 64), normal(1, 20, 2, 64), normal(1, 20, 2, 64)
+    want = flash_attn_func(q, k, v, softmax_scale=0.2, causal=True)
+    got = flash_attn_func(q, k, v, 0.2, True, None, None, None, None, (-1, -1), 0, 0.0, 1, None, False, 0, False)
+    assert torch.equal(got, want)
+    offs = dict(num_splits=0), dict(pack_gqa=False), dict(window_size=[-1, -1]), dict(softcap=0), dict(sm_margin=8)
+    for off in offs:
+        assert torch.equal(flash_attn_func(q, k, v, softmax_scale=0.2, causal=True, **off), want), off
+
+
+def test_each_call_is_its_own():
+    """What one call's options decide must not leak into the next call on tensors of the same shape."""
+    q, k, v = normal(1, 20, 4, 64), normal(1, 20, 4, 64), normal(1, 20, 4, 64) + 1
+    for causal, scale in ((False, None), (True, None), (False, 1.0), (True, 0.0), (False, 0.0), (False, None)):
+        out = flash_attn_func(q, k, v, softmax_scale=scale, causal=causal)
+        torch.testing.assert_close(out.float(), by_torch(q, k, v, scale, causal)[0], rtol=2**-7, atol=1e-5)
+
+
+def test_inputs_are_not_modified():
+    tensors = [normal(2, 20, 4, 64), normal(2, 30, 2, 64), normal(2, 30, 2, 64)]
+    before = [x.clone() for x in tensors]
+    flash_attn_func(*tensors, softmax_scale=-0.5, causal=True)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before))
+
+
+def test_signatures_are_flash_attention_3s():
+    def defaults(function):
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, None if p.default is p.empty else p.default) for p in parameters]
+
+    descales = [("q_descale", None), ("k_descale", None), ("v_descale", None)]
+    window = [("window_size", (-1, -1)), ("attention_chunk", 0), ("softcap", 0.0)]
+    assert defaults(flash_attn_func) == (
+        [("q", None), ("k", None), ("v", None), ("softmax_scale", None), ("causal", False), ("qv", None)] + descales + window
+        + [("num_splits", 1), ("pack_gqa", None), ("deterministic", False), ("sm_margin", 0), ("return_attn_probs", False)]
+    )  # fmt: skip
+    assert defaults(flash_attn_qkvpacked_func) == (
+        [("qkv", None), ("softmax_scale", None), ("causal", False)] + descales + window
+        + [("deterministic", False), ("num_heads_q", None), ("sm_margin", 0), ("return_attn_probs", False)]
+    )  # fmt: skip
+    assert {"flash_attn_func", "flash_attn_qkvpacked_func"} <= set(fa3.__all__)
