@@ -86,7 +86,7 @@ def machine():
 
 
 def nvidia_smi(*fields):
-    """nvidia-smi's fields for the current GPU, each None where it can't be asked."""
+    """nvidia-smi's fields for the machine's first GPU, each None where it can't be asked."""
     try:
         answer = subprocess.run(
             ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"],
@@ -142,7 +142,7 @@ def fingerprint(*folders):
 
 def default_path(data, folder=FOLDER):
     """perf/results/2026-11-22-paper-fwd-h200.json, or the same with -2, -3, ... where that exists."""
-    dtypes = {record_dtype for record_dtype in data["protocol"]["dtypes"] if record_dtype != "bf16"}
+    dtypes = {dtype for dtype in data["protocol"]["dtypes"] if dtype != "bf16"}
     gpu = re.sub(r"[^a-z0-9]+", "-", data["machine"]["gpu"].lower().replace("nvidia", "").strip()).split("-")[0]
     stem = "-".join([data["date"][:10], data["suite"], data["direction"], *sorted(dtypes), gpu])
     path, number = Path(folder) / f"{stem}.json", 1

@@ -105,8 +105,8 @@ class Bench:
     def measure(self, points):
         """Measures every point. Whatever stops it, what was measured before is in the file."""
         measure_point = self.host_and_graph if self.data["suite"] == "host" else self.kernel
-        gemm = None if self.data["suite"] == "host" else Gemm(self.device, math.ceil(self.rounds / len(points)))
         try:
+            gemm = None if self.data["suite"] == "host" else Gemm(self.device, math.ceil(self.rounds / len(points)))
             for point in progress(points, self.console):
                 if gemm is not None:
                     self.data["gemm"] = gemm.measure()

@@ -136,10 +136,10 @@ class Sheet:
         return f"{found['mark']:.3f} {word}"
 
     def means(self):
-        groups = [("geometric mean", self.rows)]
+        groups = [("geomean", self.rows)]
         short = [row for row in self.rows if row[0].seqlen_q <= SHORT]
         if 0 < len(short) < len(self.rows):
-            groups.append((f"geometric mean, seqlen <= {SHORT}", short))
+            groups.append((f"geomean, seqlen <= {SHORT}", short))
         lines = []
         for title, rows in groups:
             parts = []
