@@ -206,6 +206,7 @@ class Launch:
         self.q_factor = None if problem.softmax_scale > 0 else (-1.0 if problem.softmax_scale < 0 else 0.0)
         scale = abs(problem.softmax_scale) or 1.0
         self.arguments = (scale, plan.head_group, plan.ctas)
+        self.counted = plan.config.scheduler == "dynamic"
 
     def __call__(self, q, k, v):
         if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
@@ -216,11 +217,12 @@ class Launch:
         if self.strides is not None:
             q, k, v = (t if s is None else t.as_strided(t.shape, s) for t, s in zip((q, k, v), self.strides))
         out = torch.empty(self.out_shape, dtype=q.dtype, device=q.device)
+        counter = counter_for(q.device) if self.counted else None
         if self.lse_shape is None:
-            self.kernel(q, k, v, out, None, *self.arguments)
+            self.kernel(q, k, v, out, None, *self.arguments, counter)
             return out
         lse = torch.empty(self.lse_shape, dtype=torch.float32, device=q.device)
-        self.kernel(q, k, v, out, lse, *self.arguments)
+        self.kernel(q, k, v, out, lse, *self.arguments, counter)
         return out, lse
 
 
@@ -229,6 +231,25 @@ def restrided(t):
     strides = tuple(8 if size == 1 and i < 3 else stride for i, (size, stride) in enumerate(zip(t.shape, t.stride())))
     needed = any(size == 1 and stride * t.element_size() % 16 for size, stride in zip(t.shape[:3], t.stride()))
     return strides if needed else None
+
+
+COUNTERS = {}  # (device, stream) -> a dynamic schedule's counter, which every launch leaves zero
+TORCH_STREAMS = 1 << 16  # stream ids below are torch's own streams, which live for ever; others are addresses
+
+
+def counter_for(device):
+    """Two zeros on the device that no launch which may run at the same time uses.
+
+    Launches on one stream follow each other, so they share a counter. A CUDA graph may be replayed beside any stream, and
+    the id of a stream that isn't torch's may come back for another one: those calls get a counter of their own.
+    """
+    stream = torch.cuda.current_stream(device).stream_id
+    if stream >= TORCH_STREAMS or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    counter = COUNTERS.get((device, stream))
+    if counter is None:
+        counter = COUNTERS[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
+    return counter
 
 
 @lru_cache

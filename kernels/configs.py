@@ -33,7 +33,8 @@ class ForwardConfig:
     stages: tiles of K, and of V, that are in flight.
     pingpong: warpgroups take turns on the tensor cores, one's softmax under the other's GEMMs (paper, section 3.1).
     overlap: S of the next tile is issued before the softmax of this one (paper, section 3.2, Algorithm 2).
-    scheduler: "persistent", one CTA an SM walking a list of tiles, or "single", one CTA a tile.
+    scheduler: "single", one CTA a tile; "persistent", one CTA an SM, each with its list of tiles; or "dynamic", one CTA
+        an SM, each taking the next tile that is left (parts/schedule.py).
     lse: write the log-sum-exp of each query row.
     """
 
@@ -60,7 +61,7 @@ class ForwardConfig:
         one_of("head_dim", (64, 128, 256))
         one_of("mask", ("none", "causal"))
         one_of("tile_m", (64, 128, 192))
-        one_of("scheduler", ("persistent", "single"))
+        one_of("scheduler", ("single", "persistent", "dynamic"))
         if not (16 <= self.tile_n <= 256 and self.tile_n % 16 == 0):
             raise ConfigError(f"tile_n must be a multiple of 16 from 16 to 256, got {self.tile_n!r}")
         if not 1 <= self.stages <= 8:
@@ -121,8 +122,8 @@ class ForwardConfig:
 
     @property
     def barrier_bytes(self):
-        """mbarriers, full and empty, for Q and for each stage of K and V; padded to what the tiles' alignment asks."""
-        return -(-8 * 2 * (1 + 2 * self.stages) // 1024) * 1024
+        """mbarriers, full and empty, for Q, each stage of K and V, and the schedule with its word; padded to what the tiles' alignment asks."""
+        return -(-(8 * 2 * (2 + 2 * self.stages) + 16) // 1024) * 1024
 
     @property
     def shared_memory(self):

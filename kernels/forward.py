@@ -19,8 +19,8 @@ from .parts import barriers, tiles, wgmma
 from .parts.barriers import EPILOGUE_BARRIER, WARP, Turns
 from .parts.mask import RightMask
 from .parts.rounding import round_into
-from .parts.schedule import TileSchedule
-from .parts.softmax import OnlineSoftmax
+from .parts.schedule import Schedule, TileList
+from .parts.softmax import LOG2_E, OnlineSoftmax
 from .parts.sources import TmaSource
 
 DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
@@ -58,7 +58,8 @@ class ForwardKernel:
         LSE: cute.Tensor | None,  # (batch, heads, seqlen_q) fp32, natural log
         softmax_scale: Float32,
         head_group: Int32,  # heads whose tiles are worked on together (parts/schedule.py)
-        ctas: Int32,  # persistent: CTAs to start
+        ctas: Int32,  # CTAs to start, where the schedule is not "single"
+        counter: cute.Tensor | None,  # (2) int32, zeros: "dynamic" only (parts/schedule.py)
         stream: cuda.CUstream,
     ):
         c = self.config
@@ -71,9 +72,9 @@ class ForwardKernel:
         load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
         store_o, O = tiles.tma_store(O, q_layout, ROWS, c.head_dim)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
-        grid = ctas if c.scheduler == "persistent" else query_tiles * Q.shape[2] * Q.shape[3]
+        grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
         self.kernel(
-            (load_q, load_k, load_v, store_o), Q, K, V, O, LSE, softmax_scale * Float32(1.4426950408889634), head_group, q_layout, k_layout
+            (load_q, load_k, load_v, store_o), Q, K, V, O, LSE, softmax_scale * Float32(LOG2_E), head_group, counter, q_layout, k_layout
         ).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
@@ -94,8 +95,9 @@ class ForwardKernel:
         lse = None
         if c.lse:
             lse = make_fake_tensor(Float32, (batch, heads, seqlen_q), (cute.sym_int64(), cute.sym_int64(), 1))
+        counter = make_fake_tensor(Int32, (2,), (1,)) if c.scheduler == "dynamic" else None
         q, k, v, o = (tensor(*shape) for shape in ((seqlen_q, heads), (seqlen_k, heads_kv), (seqlen_k, heads_kv), (seqlen_q, heads)))
-        return q, k, v, o, lse, Float32(1.0), Int32(1), Int32(1), make_fake_stream(use_tvm_ffi_env_stream=True)
+        return q, k, v, o, lse, Float32(1.0), Int32(1), Int32(1), counter, make_fake_stream(use_tvm_ffi_env_stream=True)
 
     @cute.kernel
     def kernel(
@@ -108,6 +110,7 @@ class ForwardKernel:
         LSE: cute.Tensor | None,
         scale_log2: Float32,
         head_group: Int32,
+        counter: cute.Tensor | None,
         q_layout: cute.ComposedLayout,
         k_layout: cute.ComposedLayout,
     ):
@@ -120,6 +123,8 @@ class ForwardKernel:
         q_barriers = smem.allocate_array(cutlass.Int64, 2)
         k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
+        schedule_barriers = smem.allocate_array(cutlass.Int64, 2)
+        slot = smem.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
         sQ = smem.allocate_tensor(self.dtype, q_layout.outer, byte_alignment=1024, swizzle=q_layout.inner)
         sK = smem.allocate_tensor(self.dtype, k_layout.outer, byte_alignment=1024, swizzle=k_layout.inner)
         sV = smem.allocate_tensor(self.dtype, k_layout.outer, byte_alignment=1024, swizzle=k_layout.inner)
@@ -132,6 +137,9 @@ class ForwardKernel:
         q_ring = barriers.tma_ring(q_barriers, 1, c.tile_bytes["Q"], consumer_warps)
         k_ring = barriers.tma_ring(k_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
         v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
+        schedule_ring = None
+        if cutlass.const_expr(c.scheduler == "dynamic"):
+            schedule_ring = barriers.thread_ring(schedule_barriers, 1, consumer_warps)
         if warp_index == 0:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
@@ -141,9 +149,8 @@ class ForwardKernel:
         seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
         heads, batch = Q.shape[2], Q.shape[3]
         query_tiles = cute.ceil_div(seqlen_q, c.tile_m)
-        schedule = TileSchedule(
-            c.scheduler == "persistent", c.mask == "causal", query_tiles, heads, batch, head_group
-        )
+        tile_list = TileList(c.mask == "causal", query_tiles, heads, batch, head_group)
+        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slot, counter)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
         rings = (q_ring, k_ring, v_ring)
 
@@ -163,9 +170,11 @@ class ForwardKernel:
         c = self.config
         q_ring, k_ring, v_ring = rings
         q_at, k_at, v_at = barriers.producing(1), barriers.producing(c.stages), barriers.producing(c.stages)
+        s_at = barriers.producing(1)
         group = tensors[0].shape[2] // tensors[1].shape[2]  # query heads of a K/V head
-        for round in cutlass.range(schedule.rounds(), unroll=1):
-            tile, head, batch = schedule.tile(round)
+        position = schedule.first()
+        while position < schedule.tiles.length():
+            tile, head, batch = schedule.tiles.tile(position)
             n_stop, n_unmasked = mask.key_tiles(tile)
             if n_stop > 0:
                 source_q = TmaSource.of_head(q_ring, copies[0], shared[0], tensors[0], head, batch)
@@ -182,9 +191,14 @@ class ForwardKernel:
                         v_at = source_v.bring(n + 1, v_at)
                         k_at = source_k.bring(n, k_at)
                 v_at = source_v.bring(0, v_at)
+            position = schedule.claim(position)
+            s_at = schedule.tell(position, s_at)
+        schedule.finish()
         q_ring.producer_tail(q_at)
         k_ring.producer_tail(k_at)
         v_ring.producer_tail(v_at)
+        if cutlass.const_expr(c.scheduler == "dynamic"):
+            schedule.ring.producer_tail(s_at)
 
     @cute.jit
     def consume(self, schedule, mask, rings, store_o, O, LSE, scale_log2, shared, w, thread):
@@ -208,8 +222,10 @@ class ForwardKernel:
         turns = Turns(c.pingpong, c.consumer_warpgroups, w)
         turns.begin()
         q_at, k_at, v_at = barriers.consuming(1), barriers.consuming(c.stages), barriers.consuming(c.stages)
-        for round in cutlass.range(schedule.rounds(), unroll=1):
-            tile, head, batch = schedule.tile(round)
+        s_at = barriers.consuming(1)
+        position = schedule.first()
+        while position < schedule.tiles.length():
+            tile, head, batch = schedule.tiles.tile(position)
             operands.O.fill(0.0)
             softmax.reset()
             n_stop, n_unmasked = mask.key_tiles(tile)
@@ -224,6 +240,7 @@ class ForwardKernel:
                     self.wait_for_store(thread)
                     rings[0].consumer_release(q_at)
                     q_at.advance()
+            position, s_at = schedule.hear(position, s_at)
         self.wait_for_store(thread)
 
     @cute.jit

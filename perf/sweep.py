@@ -29,7 +29,7 @@ class Variant:
 
     def label(self):
         c = self.config
-        flags = ("P" if c.pingpong else "-") + ("O" if c.overlap else "-") + c.scheduler[0]
+        flags = ("P" if c.pingpong else "-") + ("O" if c.overlap else "-") + c.scheduler[0]  # s, p or d
         return f"{c.tile_m}x{c.tile_n}s{c.stages}{flags}:{self.heads}"
 
 
@@ -67,7 +67,8 @@ def launch(variant, q, k, v, out, causal):
     group = {"l2": lambda: head_group(problem, device), "all": lambda: h * b}.get(variant.heads, lambda: variant.heads)()
     tiles = -(-s // variant.config.tile_m) * h * b
     kernel, scale = jit.get(variant.config), d**-0.5
-    return lambda: kernel(q, k, v, out, None, scale, group, min(device.sms, tiles))
+    counter = torch.zeros(2, dtype=torch.int32, device="cuda") if variant.config.scheduler == "dynamic" else None
+    return lambda: kernel(q, k, v, out, None, scale, group, min(device.sms, tiles), counter)
 
 
 def burst(run, n):

@@ -25,6 +25,17 @@ def tma_ring(mbarriers, stages, bytes_a_stage, consumer_warps):
     )
 
 
+def thread_ring(mbarriers, stages, consumer_warps):
+    """Stages filled by one thread and emptied by one thread of each of consumer_warps warps."""
+    return pipeline.PipelineAsync.create(
+        barrier_storage=mbarriers,
+        num_stages=stages,
+        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps),
+        defer_sync=True,
+    )
+
+
 def producing(stages):
     """The producer's place in a ring of so many stages."""
     return pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)

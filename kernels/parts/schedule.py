@@ -1,26 +1,24 @@
 """Tile schedules: in which order the tiles of queries are worked off, and by which CTA.
 
-Tiles of one head share its K and V, so heads are taken in groups whose K and V fit the L2 cache together; inside a
-group, causal masks take the longest tiles (the last rows) of all its heads first.
+All tiles stand in one list. Tiles of one head share its K and V, so heads are taken in groups whose K and V fit the L2
+cache together; inside a group, causal masks take the longest tiles (the last rows) of all its heads first.
+A CTA's first tile is the one of its own number. What follows depends on the kind:
+    single      nothing: one CTA a tile, the hardware hands them out in order
+    persistent  one tile of every round of the CTAs, odd rounds in reverse, so that each CTA's list adds up alike
+    dynamic     the first tile that no CTA has claimed yet: the producer claims it and tells the consumers
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32
+from cutlass import Constexpr, Int32, pipeline
 
 
 @dataclass(frozen=True)
-class TileSchedule:
-    """Walks the tiles of one CTA. persistent: CTA c of C takes one tile of every C, else only tile c.
+class TileList:
+    """The list of all tiles. head_group: heads (of all batches, flattened) that are worked on together."""
 
-    head_group: heads (of all batches, flattened) that are worked on together; the last group may be smaller.
-    longest_first: query tiles in falling order, and every second round of the CTAs reversed, so that each CTA's list
-    adds up to about the same.
-    """
-
-    persistent: Constexpr[bool]
     longest_first: Constexpr[bool]
     query_tiles: Int32
     heads: Int32
@@ -28,28 +26,12 @@ class TileSchedule:
     head_group: Int32
 
     @cute.jit
-    def rounds(self):
-        """How many tiles this CTA has."""
-        count = Int32(1)
-        if cutlass.const_expr(self.persistent):
-            ctas = cute.arch.grid_dim()[0]
-            tiles = self.query_tiles * self.heads * self.batch
-            full = tiles // ctas
-            count = full + (1 if self.position(full) < tiles else 0)
-        return count
+    def length(self):
+        return self.query_tiles * self.heads * self.batch
 
     @cute.jit
-    def position(self, round):
-        """The place in the list of all tiles that this CTA takes in its round number `round`."""
-        cta, ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        if cutlass.const_expr(self.longest_first and self.persistent):
-            cta = ctas - 1 - cta if round % 2 == 1 else cta
-        return round * ctas + cta
-
-    @cute.jit
-    def tile(self, round):
-        """(query tile, head, batch) of this CTA's round."""
-        position = self.position(round)
+    def tile(self, position):
+        """(query tile, head, batch) at a position of the list."""
         group_tiles = self.query_tiles * self.head_group
         group, within = position // group_tiles, position % group_tiles
         first_head = group * self.head_group
@@ -58,3 +40,80 @@ class TileSchedule:
         if cutlass.const_expr(self.longest_first):
             query_tile = self.query_tiles - 1 - query_tile
         return query_tile, head % self.heads, head // self.heads
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One CTA's way through the list. Positions at or past the list's length mean: done.
+
+    ring, slot: dynamic only; the barriers and the shared-memory word through which a claimed position travels.
+    counter: dynamic only; in global memory, the positions claimed so far and the CTAs that are done, both zero at launch.
+    """
+
+    kind: Constexpr[str]
+    tiles: TileList
+    ring: pipeline.PipelineAsync | None
+    slot: cute.Tensor | None
+    counter: cute.Tensor | None
+
+    def first(self):
+        return cute.arch.block_idx()[0]
+
+    @cute.jit
+    def following(self, position):
+        """The position after this one, for the kinds that need no telling."""
+        ctas = cute.arch.grid_dim()[0]
+        if cutlass.const_expr(self.kind == "single"):
+            following = self.tiles.length()
+        else:
+            following = (position // ctas + 1) * ctas + (ctas - 1 - position % ctas)
+        return following
+
+    @cute.jit
+    def claim(self, position):
+        """Producer warp: the position after this one."""
+        if cutlass.const_expr(self.kind == "dynamic"):
+            claimed = Int32(0)
+            if cute.arch.lane_idx() == 0:
+                claimed = cute.arch.atomic_add(self.counter.iterator, Int32(1), sem="relaxed", scope="gpu")
+            following = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(claimed, 0)
+        else:
+            following = self.following(position)
+        return following
+
+    @cute.jit
+    def tell(self, position, at):
+        """Producer warp: hands the consumers a claimed position; returns the next place in the ring."""
+        if cutlass.const_expr(self.kind == "dynamic"):
+            self.ring.producer_acquire(at)
+            if cute.arch.lane_idx() == 0:
+                self.slot[0] = position
+                self.ring.producer_commit(at)
+            at.advance()
+        return at
+
+    @cute.jit
+    def hear(self, position, at):
+        """Consumer: the position after this one, and the next place in the ring."""
+        if cutlass.const_expr(self.kind == "dynamic"):
+            self.ring.consumer_wait(at)
+            following = self.slot[0]
+            cute.arch.sync_warp()
+            if cute.arch.lane_idx() == 0:
+                self.ring.consumer_release(at)
+            at.advance()
+        else:
+            following = self.following(position)
+        return following, at
+
+    @cute.jit
+    def finish(self):
+        """Producer warp, at the end: the last CTA to get here leaves the counter as it found it, zero."""
+        if cutlass.const_expr(self.kind == "dynamic"):
+            if cute.arch.lane_idx() == 0:
+                cute.arch.fence_acq_rel_gpu()
+                done = cute.arch.atomic_add(self.counter.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
+                if done == cute.arch.grid_dim()[0] - 1:
+                    self.counter[0] = Int32(0)
+                    self.counter[1] = Int32(0)
+

@@ -67,6 +67,26 @@ def test_graph_replays_with_new_contents(causal):
 
 
 @masks
+def test_graph_replayed_beside_eager_calls(causal):
+    """A replay on one stream and calls on another, at once, share nothing that they write."""
+    tensors = inputs(2, 1000, 8, 2, 128)
+    want = flash_attn_func(*tensors, causal=causal)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attn_func(*tensors, causal=causal)
+    side, wrong = torch.cuda.Stream(), torch.zeros(2, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(200):
+        with torch.cuda.stream(side):
+            graph.replay()
+            wrong[0] += (out != want).sum()
+        wrong[1] += (flash_attn_func(*tensors, causal=causal) != want).sum()
+    torch.cuda.synchronize()
+    assert wrong.tolist() == [0, 0]
+
+
+@masks
 def test_side_stream(causal):
     """The kernel waits for what its own stream did before, and for no other stream."""
     fresh = inputs(2, 300, 4, 4, 64)
