@@ -7,7 +7,15 @@
 Tensors are (batch, seqlen, heads, head_dim), as in FlashAttention-3's own interface. CPU tensors run the reference.
 """
 
-from .attention import explain, flash_attn_func, flash_attn_qkvpacked_func
-
 __version__ = "0.1.0"
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "explain"]
+
+try:
+    from .attention import explain, flash_attn_func, flash_attn_qkvpacked_func
+except (ImportError, RuntimeError) as error:  # a package is missing or broken: the functions say so, and `doctor` runs
+    broken = error
+
+    def __getattr__(name):
+        if name in __all__:
+            raise ImportError(f"fa3.{name} can't be used ({broken}): see `python -m fa3 doctor`") from broken
+        raise AttributeError(name)

@@ -6,7 +6,7 @@ import torch
 
 from . import jit, reference
 from .plan import Device, plan_forward
-from .problem import Problem, check_address
+from .problem import Problem, check_address, refuse_grad
 
 CALLS_REMEMBERED = 4096  # distinct (shapes, strides, options) whose validation and plan are kept
 
@@ -53,17 +53,18 @@ def flash_attn_func(
         NotImplementedError: an argument whose feature does not exist yet, inputs that require grad (no backward yet),
             or a CUDA device that is not Hopper.
     """
-    key = None
+    options = (
+        softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits,
+        pack_gqa, deterministic, sm_margin, return_attn_probs,
+    )  # fmt: skip
     try:
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            q.device, k.device, v.device, softmax_scale, causal, type(softmax_scale), type(causal), qv, q_descale,
-            k_descale, v_descale, window_size, attention_chunk, softcap, num_splits, pack_gqa, deterministic,
-            sm_margin, return_attn_probs,
+            q.device, k.device, v.device, options, *map(type, options),
         )  # fmt: skip
         call = CALLS.get(key)
     except (AttributeError, TypeError):  # not tensors, or unhashable: the validation says which
-        call = None
+        key = call = None
     if call is None or torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         problem = Problem.of(
             q,
@@ -120,6 +121,7 @@ def flash_attn_qkvpacked_func(
     Returns, raises: as flash_attn_func.
     """
     q, k, v = unpack(qkv, num_heads_q)
+    refuse_grad("qkv", qkv)
     return flash_attn_func(
         q,
         k,

@@ -9,11 +9,12 @@ from .problem import Problem
 FORWARD = {
     (64, "none"): dict(tile_m=192, tile_n=128),
     (64, "causal"): dict(tile_m=192, tile_n=128),
-    (128, "none"): dict(tile_m=128, tile_n=128),
-    (128, "causal"): dict(tile_m=128, tile_n=128),
+    (128, "none"): dict(tile_m=128, tile_n=128, q_in_registers=True),
+    (128, "causal"): dict(tile_m=128, tile_n=128, q_in_registers=True),
     (256, "none"): dict(tile_m=128, tile_n=80),
     (256, "causal"): dict(tile_m=128, tile_n=80),
 }
+L2_SHARE = 0.6  # of the L2 cache, for the K and V of the heads worked on together
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def plan_forward(problem: Problem, device: Device) -> Plan:
     """The plan of a forward call that has scores to compute."""
     mask = "causal" if problem.causal else "none"
     config = forward_config(problem.dtype, problem.head_dim, mask, problem.lse)
-    if problem.sm_margin:
-        config = replace(config, scheduler="persistent")  # only a persistent grid leaves SMs alone
+    if problem.sm_margin and config.scheduler == "single":
+        config = replace(config, scheduler="dynamic", cluster=1)  # a grid of one CTA a tile leaves no SM alone
     tiles = -(-problem.seqlen_q // config.tile_m) * problem.heads * problem.batch
     if tiles >= 2**31:
         raise ValueError(f"q has {tiles} tiles of {config.tile_m} queries; at most {2**31 - 1} can be launched")
@@ -59,13 +60,21 @@ def forward_config(dtype, head_dim, mask, lse) -> ForwardConfig:
 
 
 def head_group(problem, device):
-    """Heads to work on together: for causal masks, as many as keep their K and V in half the L2; else one K/V head's."""
+    """Query heads to work on together, counted over all batches.
+
+    For causal masks, as many as keep their K and V in L2_SHARE of the L2, in groups of one size where that exists: a small
+    last group would put long tiles at the very end. Otherwise the query heads of one K/V head.
+    """
     queries_per_kv = problem.heads // problem.heads_kv
     if not problem.causal:
         return queries_per_kv
+    kv_heads = problem.heads_kv * problem.batch
     kv_bytes = 2 * problem.seqlen_k * problem.head_dim * DTYPE_BYTES[problem.dtype]
-    kv_heads = max(1, device.l2_bytes // 2 // kv_bytes)
-    return min(kv_heads * queries_per_kv, problem.heads * problem.batch)
+    limit = min(kv_heads, max(1, int(L2_SHARE * device.l2_bytes) // kv_bytes))
+    together = next(n for n in range(limit, 0, -1) if kv_heads % n == 0)
+    if 2 * together <= limit:  # no divisor near the limit: groups of almost one size
+        together = -(-kv_heads // -(-kv_heads // limit))
+    return together * queries_per_kv
 
 
 def shipped(family="forward"):

@@ -78,11 +78,15 @@ def check_tensors(tensors):
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
-        if t.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"{name} requires_grad, and the backward pass does not exist yet: "
-                f"call under torch.no_grad() or pass {name}.detach()"
-            )
+        refuse_grad(name, t)
+
+
+def refuse_grad(name, t):
+    if t.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{name} requires_grad, and the backward pass does not exist yet: "
+            f"call under torch.no_grad() or pass {name}.detach()"
+        )
 
 
 def check_shapes(q, k, v):
@@ -113,7 +117,8 @@ def check_sm_margin(sm_margin, device):
         raise TypeError(f"sm_margin must be an int, got {sm_margin!r}")
     limit = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
     if sm_margin < 0 or (limit is not None and sm_margin >= limit):
-        raise ValueError(f"sm_margin must be from 0 to one less than the device's {limit or ''} SMs, got {sm_margin}")
+        most = "the number of SMs less one" if limit is None else f"{limit - 1} on this device"
+        raise ValueError(f"sm_margin must be from 0 to {most}, got {sm_margin}")
 
 
 def check_device(device):

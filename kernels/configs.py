@@ -35,6 +35,10 @@ class ForwardConfig:
     overlap: S of the next tile is issued before the softmax of this one (paper, section 3.2, Algorithm 2).
     scheduler: "single", one CTA a tile; "persistent", one CTA an SM, each with its list of tiles; or "dynamic", one CTA
         an SM, each taking the next tile that is left (parts/schedule.py).
+    cluster: CTAs, neighbours in the list of tiles, that share each load of K and V (TMA multicast); they must need the
+        same ones.
+    rescale_from: O is rescaled once a row's maximum has risen by more than 2 to this power (parts/softmax.py).
+    q_in_registers: Q is read from shared memory once a tile and not once a step.
     lse: write the log-sum-exp of each query row.
     """
 
@@ -46,7 +50,10 @@ class ForwardConfig:
     stages: int = 2
     pingpong: bool = True
     overlap: bool = True
-    scheduler: str = "persistent"
+    scheduler: str = "dynamic"
+    cluster: int = 1
+    rescale_from: float = 8.0
+    q_in_registers: bool = False
     lse: bool = True
 
     family = "forward"
@@ -62,6 +69,7 @@ class ForwardConfig:
         one_of("mask", ("none", "causal"))
         one_of("tile_m", (64, 128, 192))
         one_of("scheduler", ("single", "persistent", "dynamic"))
+        one_of("cluster", (1, 2))
         if not (16 <= self.tile_n <= 256 and self.tile_n % 16 == 0):
             raise ConfigError(f"tile_n must be a multiple of 16 from 16 to 256, got {self.tile_n!r}")
         if not 1 <= self.stages <= 8:
@@ -70,6 +78,11 @@ class ForwardConfig:
             raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
         if self.pingpong and self.consumer_warpgroups < 2:
             raise ConfigError(f"pingpong needs two consumer warpgroups, got tile_m={self.tile_m} (one)")
+        if self.cluster != 1 and (self.scheduler != "single" or self.mask != "none"):
+            raise ConfigError(
+                "cluster > 1 needs CTAs that take the same steps: scheduler 'single' and mask 'none', "
+                f"got {self.scheduler!r} and {self.mask!r}"
+            )
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
                 f"{self} needs {self.shared_memory} bytes of shared memory, a Hopper block has {SHARED_MEMORY_LIMIT}"
@@ -103,9 +116,10 @@ class ForwardConfig:
 
     @property
     def live_registers(self):
-        """Registers that the tiles alone hold in a consumer thread: S and O in fp32, P at half that beside S."""
+        """Registers that the tiles alone hold in a consumer thread: S and O in fp32, P at half that beside S, Q."""
         S, O = 64 * self.tile_n // WARPGROUP, 64 * self.head_dim // WARPGROUP
-        return S + O + (S // 2 if self.overlap else 0)
+        Q = self.head_dim // 4 if self.q_in_registers else 0
+        return S + O + Q + (S // 2 if self.overlap else 0)
 
     @property
     def tile_bytes(self):

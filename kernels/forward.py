@@ -29,10 +29,11 @@ ROWS = 64  # query rows of a consumer warpgroup: the M of a WGMMA
 
 @dataclass(frozen=True)
 class Operands:
-    """What a consumer warpgroup multiplies: Q, K, V as shared-memory operands, S, P, O in registers."""
+    """What a consumer warpgroup multiplies: K and V (and sQ) in shared memory, S, P, O in registers, Q in either."""
 
     qk: Constexpr
     pv: Constexpr
+    sQ: cute.Tensor
     Q: cute.Tensor
     K: cute.Tensor
     V: cute.Tensor
@@ -68,8 +69,8 @@ class ForwardKernel:
         q_layout = tiles.smem_layout(self.dtype, ROWS, c.head_dim, c.consumer_warpgroups)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
-        load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
-        load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
+        load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim, c.cluster)
+        load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim, c.cluster)
         store_o, O = tiles.tma_store(O, q_layout, ROWS, c.head_dim)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
         grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
@@ -78,6 +79,7 @@ class ForwardKernel:
         ).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
+            cluster=[c.cluster, 1, 1],
             smem=c.shared_memory,
             stream=stream,
             min_blocks_per_mp=1,
@@ -135,8 +137,8 @@ class ForwardKernel:
 
         consumer_warps = c.consumer_warpgroups * WARPGROUP // WARP
         q_ring = barriers.tma_ring(q_barriers, 1, c.tile_bytes["Q"], consumer_warps)
-        k_ring = barriers.tma_ring(k_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
-        v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
+        k_ring = barriers.tma_ring(k_barriers, c.stages, c.tile_bytes["K"], consumer_warps, c.cluster)
+        v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps, c.cluster)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule_ring = barriers.thread_ring(schedule_barriers, 1, consumer_warps)
@@ -144,7 +146,11 @@ class ForwardKernel:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        if cutlass.const_expr(c.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
         seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
         heads, batch = Q.shape[2], Q.shape[3]
@@ -178,8 +184,8 @@ class ForwardKernel:
             n_stop, n_unmasked = mask.key_tiles(tile)
             if n_stop > 0:
                 source_q = TmaSource.of_head(q_ring, copies[0], shared[0], tensors[0], head, batch)
-                source_k = TmaSource.of_head(k_ring, copies[1], shared[1], tensors[1], head // group, batch)
-                source_v = TmaSource.of_head(v_ring, copies[2], shared[2], tensors[2], head // group, batch)
+                source_k = TmaSource.of_head(k_ring, copies[1], shared[1], tensors[1], head // group, batch, c.cluster)
+                source_v = TmaSource.of_head(v_ring, copies[2], shared[2], tensors[2], head // group, batch, c.cluster)
                 q_at = source_q.bring_all(tile * c.consumer_warpgroups, q_at)
                 k_at = source_k.bring(n_stop - 1, k_at)
                 for step in cutlass.range(n_stop - 1, unroll=1):
@@ -205,20 +211,22 @@ class ForwardKernel:
         """One warpgroup: for each tile, its 64 rows of O and of LSE."""
         c = self.config
         sQ, sK, sV, sO = shared
-        qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
+        q_source = warpgroup.OperandSource.RMEM if c.q_in_registers else warpgroup.OperandSource.SMEM
+        qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, q_source)
         pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         qk, pv = cute.make_tiled_mma(qk_op), cute.make_tiled_mma(pv_op)
         operands = Operands(
             qk=qk_op,
             pv=pv_op,
-            Q=qk.make_fragment_A(qk.get_slice(0).partition_A(sQ))[None, None, None, w],
+            sQ=sQ[None, None, w],
+            Q=qk.make_fragment_A(qk.get_slice(0).partition_A(sQ[None, None, w])),
             K=qk.make_fragment_B(qk.get_slice(0).partition_B(sK)),
             V=pv.make_fragment_B(pv.get_slice(0).partition_B(tiles.transposed(sV))),
             S=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), Float32),
             P=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), self.dtype),
             O=cute.make_rmem_tensor(pv.partition_shape_C((ROWS, c.head_dim)), Float32),
         )
-        softmax = OnlineSoftmax.start(scale_log2)
+        softmax = OnlineSoftmax.start(c.rescale_from, scale_log2)
         turns = Turns(c.pingpong, c.consumer_warpgroups, w)
         turns.begin()
         q_at, k_at, v_at = barriers.consuming(1), barriers.consuming(c.stages), barriers.consuming(c.stages)
@@ -253,10 +261,15 @@ class ForwardKernel:
         step = self.overlapped_step if c.overlap else self.plain_step
         first = self.first_s if c.overlap else self.plain_step
         rings[0].consumer_wait(q_at)
+        if cutlass.const_expr(c.q_in_registers):
+            wgmma.load_operand(t.qk, t.Q, t.sQ, thread)
+        if cutlass.const_expr(c.q_in_registers and not c.o_reuses_q):
+            rings[0].consumer_release(q_at)
+            q_at.advance()
         k_at, v_at = first(t, softmax, mask, turns, rings, k_at, v_at, n_stop - 1, n_unmasked, first_row, thread)
         for i in cutlass.range(n_stop - 1, unroll=1):
             k_at, v_at = step(t, softmax, mask, turns, rings, k_at, v_at, n_stop - 2 - i, n_unmasked, first_row, thread)
-        if cutlass.const_expr(not c.o_reuses_q):
+        if cutlass.const_expr(not c.q_in_registers and not c.o_reuses_q):
             rings[0].consumer_release(q_at)
             q_at.advance()
         if cutlass.const_expr(c.overlap):
@@ -275,9 +288,10 @@ class ForwardKernel:
         k_ring.consumer_release(k_at)
         if n >= n_unmasked:
             mask.apply(t.S, first_row, n, thread)
-        softmax.step(t.S, may_be_empty=mask.causal)
-        round_into(t.P, t.S)
+        softmax.maximum(t.S)
         softmax.rescale(t.O)
+        softmax.exponentials(t.S)
+        round_into(t.P, t.S)
         v_ring.consumer_wait(v_at)
         wgmma.issue(t.pv, t.O, wgmma.as_operand(t.P, self.config.tile_n), t.V[None, None, None, v_at.index], zero=False)
         wgmma.wait(0)
@@ -296,7 +310,8 @@ class ForwardKernel:
         k_ring.consumer_release(k_at)
         if n >= n_unmasked:
             mask.apply(t.S, first_row, n, thread)
-        softmax.step(t.S, may_be_empty=mask.causal)
+        softmax.maximum(t.S)
+        softmax.exponentials(t.S)
         round_into(t.P, t.S)
         k_at.advance()
         if n > 0:
@@ -318,14 +333,15 @@ class ForwardKernel:
         if cutlass.const_expr(mask.causal):
             if n >= n_unmasked:
                 mask.apply(t.S, first_row, n, thread)
-        softmax.step(t.S, may_be_empty=mask.causal)
-        # The branch also keeps ptxas from moving the wait for O up, over the exponentials.
+        softmax.maximum(t.S)
+        # A branch, so that ptxas leaves the wait for O here: it would move it up, before the maxima, to no use.
         if n > 0:
             k_ring.consumer_wait(k_at)
         wgmma.wait(0)
         v_ring.consumer_release(v_at)
-        round_into(t.P, t.S)
         softmax.rescale(t.O)
+        softmax.exponentials(t.S)
+        round_into(t.P, t.S)
         v_at.advance()
         return k_at, v_at
 

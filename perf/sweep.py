@@ -29,7 +29,8 @@ class Variant:
 
     def label(self):
         c = self.config
-        flags = ("P" if c.pingpong else "-") + ("O" if c.overlap else "-") + c.scheduler[0]  # s, p or d
+        flags = ("P" if c.pingpong else "-") + ("O" if c.overlap else "-") + c.scheduler[0] + "c" * (c.cluster - 1)  # s, p or d
+        flags += ("q" if c.q_in_registers else "-") + f"{c.rescale_from:g}"
         return f"{c.tile_m}x{c.tile_n}s{c.stages}{flags}:{self.heads}"
 
 
@@ -71,7 +72,8 @@ def launch(variant, q, k, v, out, causal):
     return lambda: kernel(q, k, v, out, None, scale, group, min(device.sms, tiles), counter)
 
 
-def burst(run, n):
+def burst(run, n, cool=0.0):
+    time.sleep(cool)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(n):
@@ -89,6 +91,7 @@ def main():
     parser.add_argument("--fa4", action="store_true")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--milliseconds", type=float, default=12)
+    parser.add_argument("--cool", type=float, default=0, help="seconds of rest before each burst")
     parser.add_argument("--out")
     args = parser.parse_args()
     groups = {}
@@ -136,7 +139,7 @@ def main():
             names = list(runs)
             for r in range(args.rounds):
                 for name in names[r % len(names) :] + names[: r % len(names)]:
-                    times[name].append(burst(runs[name], counts[name]))
+                    times[name].append(burst(runs[name], counts[name], args.cool))
             for name, samples in times.items():
                 rate = flops / statistics.median(samples) / 1e9
                 table.setdefault(name, []).append(f"{rate:5.0f}" + ("!" if name in wrong else " "))

@@ -12,6 +12,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32
 
 from . import wgmma
+from .wgmma import row_of
 
 WORD = 24  # columns of a thread whose visibility travels in one integer; under 32, so that the shift is defined
 
@@ -50,7 +51,7 @@ class RightMask:
         """
         s = wgmma.flat(S)
         for r in cutlass.range_constexpr(2):
-            row = [i for i in range(cute.size(s)) if i // 2 % 2 == r]
+            row = row_of(S, r)
             left = self.visible(first_row + wgmma.row_in_tile(thread, r)) - n * self.tile_n - 2 * (thread % 4)
             count = (left >> 3) * 2 + min(left & 7, 2)
             for w in cutlass.range_constexpr(0, len(row), WORD):

@@ -2,6 +2,10 @@
 
 Each thread holds two rows' share: m, the running maximum of the raw scores, and l, the running sum of exponentials over
 this thread's columns only; the four lanes of a row add their shares once, at the end.
+
+m follows the true maximum only when that has risen by more than a factor of 2**rescale_from since (FlashAttention-4,
+arXiv 2603.05451, section 3.2): O and l stay as they are, P grows to 2**rescale_from at most, and the division by l at
+the end makes it exact. So O is rescaled on the first few tiles of a row and hardly ever after.
 """
 
 import math
@@ -9,9 +13,10 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Constexpr, Float32
 
 from . import wgmma
+from .wgmma import row_of
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -21,15 +26,16 @@ LN_2 = math.log(2.0)
 class OnlineSoftmax:
     """m and l of this thread's two rows; scale_log2 is softmax_scale · log2(e), so that exponentials are powers of 2."""
 
+    rescale_from: Constexpr[float]
     scale_log2: Float32
     m: cute.Tensor
     l: cute.Tensor
     correction: cute.Tensor
 
     @classmethod
-    def start(cls, scale_log2):
+    def start(cls, rescale_from, scale_log2):
         m, l, correction = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
-        return cls(scale_log2, m, l, correction)
+        return cls(rescale_from, scale_log2, m, l, correction)
 
     @cute.jit
     def reset(self):
@@ -37,24 +43,24 @@ class OnlineSoftmax:
         self.l.fill(0.0)
 
     @cute.jit
-    def step(self, S: cute.Tensor, may_be_empty: cutlass.Constexpr[bool]):
-        """S becomes exp(S - m_new) in place, l takes it in; correction is what O must be multiplied with.
-
-        may_be_empty: some row of S may be masked whole, so m may be -inf, which must not meet itself in a subtraction.
-        """
+    def maximum(self, S: cute.Tensor):
+        """m takes in the rows of S; correction is what l and O must be multiplied with for it."""
         s = wgmma.flat(S)
         for r in cutlass.range_constexpr(2):
-            row = [i for i in range(cute.size(s)) if i // 2 % 2 == r]
             m_old, m_new = self.m[r], self.m[r]
-            for i in row:
+            for i in row_of(S, r):
                 m_new = cute.arch.fmax(m_new, s[i])
             m_new = quad_max(m_new)
+            m_new = m_new if (m_new - m_old) * self.scale_log2 > self.rescale_from else m_old
             self.m[r] = m_new
-            m_safe = m_new
-            if cutlass.const_expr(may_be_empty):
-                m_safe = Float32(0.0) if m_new == -Float32.inf else m_new
-            shift = m_safe * self.scale_log2
-            self.correction[r] = exp2(m_old * self.scale_log2 - shift)
+            self.correction[r] = exp2(m_old * self.scale_log2 - self.shift(r))
+
+    @cute.jit
+    def exponentials(self, S: cute.Tensor):
+        """S becomes P = exp(S - m), in place, and l takes it in."""
+        s = wgmma.flat(S)
+        for r in cutlass.range_constexpr(2):
+            shift, row = self.shift(r), row_of(S, r)
             l_tile = Float32(0.0)
             for i in row:
                 p = exp2(s[i] * self.scale_log2 - shift)
@@ -63,9 +69,17 @@ class OnlineSoftmax:
             self.l[r] = self.l[r] * self.correction[r] + l_tile
 
     @cute.jit
+    def shift(self, r: cutlass.Constexpr[int]):
+        """m of a row in powers of 2; 0 for -inf (nothing seen so far), which must not meet itself in a subtraction."""
+        m = Float32(0.0) if self.m[r] == -Float32.inf else self.m[r]
+        return m * self.scale_log2
+
+    @cute.jit
     def rescale(self, O: cute.Tensor):
-        """O, accumulated against the old maximum, is brought to the new one."""
-        scale_rows(O, self.correction)
+        """O, accumulated against the old maxima, is brought to the new ones, if any row of the warp has one."""
+        moved = self.correction[0] != 1.0 or self.correction[1] != 1.0
+        if cute.arch.vote_any_sync(moved):
+            scale_rows(O, self.correction)
 
     @cute.jit
     def finish(self, O: cute.Tensor):

@@ -7,7 +7,7 @@ stored as ((2, 2, N/8), 1, 1) in that order, so element i of it, flat, has c = i
 
 import cutlass
 import cutlass.cute as cute
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
 
 def operation(dtype, n, b_major, a_source):
@@ -26,6 +26,14 @@ def issue(op: cutlass.Constexpr, acc: cute.Tensor, A: cute.Tensor, B: cute.Tenso
     warpgroup.commit_group()
 
 
+@cute.jit
+def load_operand(op: cutlass.Constexpr, fragment: cute.Tensor, shared: cute.Tensor, thread):
+    """Operand A (64, k) from shared memory into registers, by ldmatrix."""
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), shared.element_type)
+    copy = cute.make_tiled_copy_A(atom, cute.make_tiled_mma(op)).get_slice(thread)
+    cute.copy(copy, copy.partition_S(shared), copy.retile(fragment))
+
+
 def wait(groups_in_flight):
     """Waits until at most this many of the warpgroup's committed groups are still in flight."""
     warpgroup.wait_group(groups_in_flight)
@@ -39,6 +47,11 @@ def row_in_tile(thread, half):
 def flat(fragment):
     """A fragment as one compact vector, element i as in this file's first paragraph."""
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
+
+
+def row_of(fragment, r):
+    """The flat indices of row half r of an accumulator."""
+    return [i for i in range(cute.size(fragment)) if i // 2 % 2 == r]
 
 
 def as_operand(P, k):

@@ -1,0 +1,117 @@
+"""ForwardConfig: what it refuses, with which numbers, and that what it accepts fits a Hopper SM."""
+
+import itertools
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+
+from fa3.kernels import configs
+from fa3.kernels.configs import ConfigError, ForwardConfig
+
+
+def buildable():
+    """Every config that can be built, over a grid of the fields that decide shared memory and registers."""
+    grid = dict(
+        head_dim=(64, 128, 256),
+        tile_m=(64, 128, 192),
+        tile_n=range(16, 257, 16),
+        stages=(1, 2, 3, 4),
+        pingpong=(False, True),
+        overlap=(False, True),
+    )
+    found = []
+    for values in itertools.product(*grid.values()):
+        try:
+            found.append(ForwardConfig(**dict(zip(grid, values))))
+        except ConfigError:
+            pass
+    return found
+
+
+def test_what_is_accepted_fits_an_sm():
+    accepted = buildable()
+    assert len(accepted) > 100
+    assert {(c.head_dim, c.tile_m) for c in accepted} >= {(64, 192), (128, 128), (256, 128)}
+    for c in accepted:
+        producer, consumer = c.registers
+        assert c.shared_memory <= 227 * 1024, c
+        assert c.threads == 128 * (1 + c.consumer_warpgroups) <= 1024, c
+        assert c.threads * c.entry_registers <= 65536, c
+        assert 128 * (producer + c.consumer_warpgroups * consumer) <= 65536, c
+        # setmaxnreg takes multiples of 8 from 24 to 256 (PTX ISA), and one kind of warpgroup gives what the other gets
+        assert all(24 <= r <= 256 and r % 8 == 0 for r in (producer, consumer)), c
+        assert producer <= c.entry_registers <= consumer, c
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(dtype="fp32"), "dtype must be one of .*'bf16'.*, got 'fp32'"),
+        (dict(head_dim=96), r"head_dim must be one of \(64, 128, 256\), got 96"),
+        (dict(mask="window"), "mask must be one of .*'causal'.*, got 'window'"),
+        (dict(tile_m=100), "tile_m must be one of .*128.*, got 100"),
+        (dict(tile_n=100), "tile_n must be a multiple of 16.*, got 100"),
+        (dict(tile_n=0), "tile_n must be .* from 16 to 256, got 0"),
+        (dict(tile_n=272), "tile_n must be .* from 16 to 256, got 272"),
+        (dict(stages=0), "stages must be .*, got 0"),
+        (dict(scheduler="random"), "scheduler must be one of .*'persistent'.*, got 'random'"),
+        (dict(stages=1, overlap=True), "overlap .*stages >= 2, got 1"),
+        (dict(tile_m=64, pingpong=True), "pingpong needs two consumer warpgroups, got tile_m=64"),
+    ],
+    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
+)
+def test_refused_by_name(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        replace(ForwardConfig(), **changes)
+
+
+def test_too_much_shared_memory_is_refused_with_the_numbers():
+    with pytest.raises(ConfigError, match="shared memory") as refusal:
+        ForwardConfig(head_dim=256, tile_n=128, overlap=False)
+    numbers = [int(n) for n in re.findall(r"\d+", str(refusal.value))]
+    assert 227 * 1024 in numbers  # what there is
+    assert any(n >= (128 + 4 * 128) * 256 * 2 for n in numbers)  # what Q and two stages of K and V alone take
+    assert "tile_n=128" in str(refusal.value)
+
+
+def test_too_many_registers_are_refused_with_the_numbers():
+    with pytest.raises(ConfigError, match="registers") as refusal:
+        ForwardConfig(head_dim=256, tile_m=192, tile_n=80, stages=1, overlap=False)
+    numbers = [int(n) for n in re.findall(r"\d+", str(refusal.value))]
+    assert 160 in numbers  # what a consumer thread of three warpgroups gets
+    assert 128 + 40 in numbers  # O and S in fp32: 64 · 256 / 128 and 64 · 80 / 128
+
+
+def test_a_refusal_is_a_value_error():
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_a_config_is_data():
+    c = ForwardConfig(head_dim=64, mask="causal", tile_m=192)
+    line = repr(c)
+    assert "\n" not in line and line.startswith("ForwardConfig(")
+    assert all(f"{f.name}={getattr(c, f.name)!r}" in line for f in fields(c))
+    assert eval(line, {"ForwardConfig": ForwardConfig}) == c
+    assert pickle.loads(pickle.dumps(c)) == c
+    assert len({c, replace(c), replace(c, lse=not c.lse)}) == 2
+    with pytest.raises(FrozenInstanceError):
+        c.tile_n = 64
+    with pytest.raises(ConfigError):
+        replace(c, tile_n=17)
+
+
+def test_configs_load_neither_torch_nor_the_dsl():
+    """Looking up a cached kernel must not cost an import."""
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("configs", {configs.__file__!r})
+module = sys.modules["configs"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.ForwardConfig()
+assert not {{"torch", "cutlass", "numpy"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,112 @@
+"""Problem -> Plan, without a GPU: properties that hold whatever the tables of tuned configs say."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from fa3 import demo
+from fa3.kernels.configs import SHARED_MEMORY_LIMIT, ForwardConfig
+from fa3.plan import FAMILIES, Device, plan_forward, shipped
+
+DEVICE = Device()
+SHAPES = [  # batch, seqlen_q, seqlen_k, heads, heads_kv
+    (1, 1, 1, 1, 1),
+    (1, 1, 100_000, 32, 8),
+    (2, 113, 203, 6, 2),
+    (4, 4096, 4096, 16, 16),
+    (1, 16384, 16384, 16, 1),
+    (64, 300, 5, 8, 8),
+    (1, 2**20, 2**20, 8, 8),
+    (70_000, 64, 64, 1, 1),
+]
+KINDS = list(itertools.product(("fp16", "bf16"), (64, 128, 256), (False, True), (False, True)))  # dtype, d, causal, lse
+
+
+def problem(shape=SHAPES[3], dtype="bf16", head_dim=128, causal=False, lse=False, sm_margin=0):
+    batch, seqlen_q, seqlen_k, heads, heads_kv = shape
+    return replace(
+        demo.problem(causal),
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        heads=heads,
+        heads_kv=heads_kv,
+        dtype=dtype,
+        head_dim=head_dim,
+        lse=lse,
+        sm_margin=sm_margin,
+        softmax_scale=head_dim**-0.5,
+    )
+
+
+def tiles(problem, config):
+    return -(-problem.seqlen_q // config.tile_m) * problem.heads * problem.batch
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_plan_is_of_its_problem(shape):
+    for dtype, d, causal, lse in KINDS:
+        p = problem(shape, dtype, d, causal, lse)
+        plan = plan_forward(p, DEVICE)
+        c = plan.config
+        assert (c.dtype, c.head_dim, c.mask) == (dtype, d, "causal" if causal else "none")
+        assert c.lse or not lse
+        assert 1 <= plan.ctas <= tiles(p, c)
+        assert c.scheduler == "single" or plan.ctas <= DEVICE.sms
+        assert 1 <= plan.head_group <= p.heads * p.batch
+        assert plan == plan_forward(p, DEVICE)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_planning_chooses_among_the_shipped_configs(shape):
+    """What `python -m fa3 compile` and CI cover is all that a call without sm_margin can need."""
+    configs = set(shipped())
+    for dtype, d, causal, lse in KINDS:
+        for sms in (1, 78, 114, 132):
+            plan = plan_forward(problem(shape, dtype, d, causal, lse), replace(DEVICE, sms=sms))
+            assert plan.config in configs
+
+
+def test_shipped_configs():
+    configs = shipped()
+    assert len(set(configs)) == len(configs)
+    assert {(c.dtype, c.head_dim, c.mask, c.lse) for c in configs} >= {
+        (dtype, d, "causal" if causal else "none", lse) for dtype, d, causal, lse in KINDS
+    }
+    for config in configs:
+        assert isinstance(config, ForwardConfig) and config.family == "forward"
+        assert config.shared_memory <= SHARED_MEMORY_LIMIT
+
+
+def test_every_family_ships_something():
+    assert all(shipped(family) for family in FAMILIES)
+    with pytest.raises(ValueError, match="family must be one of .*forward.*, got 'sideways'"):
+        shipped("sideways")
+
+
+@pytest.mark.parametrize("margin", [1, 20, 131])
+def test_sm_margin_leaves_sms_alone(margin):
+    for dtype, d, causal, lse in KINDS:
+        plan = plan_forward(problem(SHAPES[4], dtype, d, causal, lse, sm_margin=margin), DEVICE)
+        assert plan.config.scheduler != "single"  # one CTA a tile would go to every SM
+        assert 1 <= plan.ctas <= DEVICE.sms - margin
+
+
+def test_heads_in_flight_keep_their_keys_in_the_l2():
+    for seqlen_k in (1, 512, 4096, 16384, 2**20):
+        p = problem((8, 4096, seqlen_k, 32, 8), causal=True)
+        group = plan_forward(p, DEVICE).head_group
+        kv_heads = group / (p.heads // p.heads_kv)
+        assert kv_heads <= 1 or kv_heads * 2 * seqlen_k * p.head_dim * 2 <= DEVICE.l2_bytes
+
+
+def test_more_tiles_than_a_grid_can_count_are_refused_with_the_number():
+    p = problem((2**20, 64, 64, 2**12, 2**12))
+    with pytest.raises(ValueError, match=rf"{2**32} .*{2**31 - 1}"):
+        plan_forward(p, DEVICE)
+
+
+def test_a_plan_prints_as_one_line():
+    plan = plan_forward(problem(), DEVICE)
+    assert "\n" not in str(plan) and repr(plan.config) in str(plan)
