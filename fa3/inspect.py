@@ -101,6 +101,7 @@ def inspect(config):
 
 def inspect_all(configs, jobs=None):
     """The reports of many configs, in order, made in parallel processes. A config that fails raises, with its name."""
+    toolkit.require()
     reports = []
     for config, report in map_configs(inspect, configs, "inspecting", jobs):
         if isinstance(report, toolkit.ToolError):

@@ -7,7 +7,7 @@ from .problem import Problem
 
 # (head_dim, mask) -> what differs from ForwardConfig's defaults.
 FORWARD = {
-    (64, "none"): dict(tile_m=192, tile_n=128),
+    (64, "none"): dict(tile_m=192, tile_n=128, max_chains=4),
     (64, "causal"): dict(tile_m=192, tile_n=128),
     (128, "none"): dict(tile_m=128, tile_n=128, q_in_registers=True),
     (128, "causal"): dict(tile_m=128, tile_n=128, q_in_registers=True),
@@ -43,7 +43,7 @@ def plan_forward(problem: Problem, device: Device) -> Plan:
     mask = "causal" if problem.causal else "none"
     config = forward_config(problem.dtype, problem.head_dim, mask, problem.lse)
     if problem.sm_margin and config.scheduler == "single":
-        config = replace(config, scheduler="dynamic", cluster=1)  # a grid of one CTA a tile leaves no SM alone
+        config = replace(config, scheduler="dynamic")  # a grid of one CTA a tile leaves no SM alone
     tiles = -(-problem.seqlen_q // config.tile_m) * problem.heads * problem.batch
     if tiles >= 2**31:
         raise ValueError(f"q has {tiles} tiles of {config.tile_m} queries; at most {2**31 - 1} can be launched")

@@ -38,8 +38,16 @@ def packages(name):
     return [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
 
 
+def require():
+    """Raises ToolError for a tool of which there is no copy at all."""
+    for tool in TOOLS:
+        if not places(tool):
+            raise ToolError(f"{tool} was not found (python packages, triton, PATH, /usr/local/cuda): {MEND}")
+
+
 def read(tool, *arguments):
     """What a tool prints, by the first copy of it that runs without an error."""
+    require()
     errors = []
     for path in places(tool):
         try:
@@ -51,8 +59,6 @@ def read(tool, *arguments):
             return done.stdout
         said = (done.stderr or done.stdout).strip().splitlines()
         errors.append(f"{path}: {said[0] if said else f'exit code {done.returncode}'}")
-    if not errors:
-        raise ToolError(f"{tool} was not found (python packages, triton, PATH, /usr/local/cuda): {MEND}")
     raise ToolError(f"no {tool} here reads the compiled kernel: {MEND}\n  " + "\n  ".join(errors))
 
 

@@ -35,10 +35,9 @@ class ForwardConfig:
     overlap: S of the next tile is issued before the softmax of this one (paper, section 3.2, Algorithm 2).
     scheduler: "single", one CTA a tile; "persistent", one CTA an SM, each with its list of tiles; or "dynamic", one CTA
         an SM, each taking the next tile that is left (parts/schedule.py).
-    cluster: CTAs, neighbours in the list of tiles, that share each load of K and V (TMA multicast); they must need the
-        same ones.
-    rescale_from: O is rescaled once a row's maximum has risen by more than 2 to this power (parts/softmax.py).
     q_in_registers: Q is read from shared memory once a tile and not once a step.
+    rescale_from: O is rescaled once a row's maximum has risen by more than 2 to this power (parts/softmax.py).
+    max_chains: independent chains in which a thread takes the maximum of a row of S.
     lse: write the log-sum-exp of each query row.
     """
 
@@ -51,9 +50,9 @@ class ForwardConfig:
     pingpong: bool = True
     overlap: bool = True
     scheduler: str = "dynamic"
-    cluster: int = 1
-    rescale_from: float = 8.0
     q_in_registers: bool = False
+    rescale_from: float = 8.0
+    max_chains: int = 1
     lse: bool = True
 
     family = "forward"
@@ -69,20 +68,18 @@ class ForwardConfig:
         one_of("mask", ("none", "causal"))
         one_of("tile_m", (64, 128, 192))
         one_of("scheduler", ("single", "persistent", "dynamic"))
-        one_of("cluster", (1, 2))
         if not (16 <= self.tile_n <= 256 and self.tile_n % 16 == 0):
             raise ConfigError(f"tile_n must be a multiple of 16 from 16 to 256, got {self.tile_n!r}")
+        if not 0 <= self.rescale_from <= 8:
+            raise ConfigError(f"rescale_from must be from 0 to 8, for P to stay within fp16, got {self.rescale_from!r}")
+        if not 1 <= self.max_chains <= self.tile_n // 4:
+            raise ConfigError(f"max_chains must be from 1 to tile_n / 4 = {self.tile_n // 4}, got {self.max_chains!r}")
         if not 1 <= self.stages <= 8:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
         if self.overlap and self.stages < 2:
             raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
         if self.pingpong and self.consumer_warpgroups < 2:
             raise ConfigError(f"pingpong needs two consumer warpgroups, got tile_m={self.tile_m} (one)")
-        if self.cluster != 1 and (self.scheduler != "single" or self.mask != "none"):
-            raise ConfigError(
-                "cluster > 1 needs CTAs that take the same steps: scheduler 'single' and mask 'none', "
-                f"got {self.scheduler!r} and {self.mask!r}"
-            )
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
                 f"{self} needs {self.shared_memory} bytes of shared memory, a Hopper block has {SHARED_MEMORY_LIMIT}"
@@ -133,6 +130,11 @@ class ForwardConfig:
         row = self.head_dim * DTYPE_BYTES[self.dtype]
         own = (2 * self.tile_m + 2 * self.stages * self.tile_n) * row
         return own + self.barrier_bytes > SHARED_MEMORY_LIMIT
+
+    @property
+    def q_free_after(self):
+        """When a tile's Q may be overwritten: once in registers, after the last S, or once O is "stored" from its place."""
+        return "stored" if self.o_reuses_q else "loaded" if self.q_in_registers else "last S"
 
     @property
     def barrier_bytes(self):

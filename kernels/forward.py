@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass import Constexpr, Float32, Int32, pipeline
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.utils import SmemAllocator
 
@@ -28,16 +28,24 @@ ROWS = 64  # query rows of a consumer warpgroup: the M of a WGMMA
 
 
 @dataclass(frozen=True)
-class Operands:
-    """What a consumer warpgroup multiplies: K and V (and sQ) in shared memory, S, P, O in registers, Q in either."""
+class Consumer:
+    """One consumer warpgroup: which one it is, what it waits for, and what it multiplies."""
 
-    qk: Constexpr
-    pv: Constexpr
-    sQ: cute.Tensor
-    Q: cute.Tensor
+    index: Int32
+    thread: Int32
+    mask: RightMask
+    turns: Turns
+    softmax: OnlineSoftmax
+    q_ring: pipeline.PipelineTmaAsync
+    k_ring: pipeline.PipelineTmaAsync
+    v_ring: pipeline.PipelineTmaAsync
+    qk: Constexpr  # the WGMMA operation of S = Q Kᵀ
+    pv: Constexpr  # and of O = P V
+    sQ: cute.Tensor  # this warpgroup's rows of Q in shared memory
+    Q: cute.Tensor  # Q, K, V as operands: of shared memory, but Q in registers where the config says so
     K: cute.Tensor
     V: cute.Tensor
-    S: cute.Tensor
+    S: cute.Tensor  # registers
     P: cute.Tensor
     O: cute.Tensor
 
@@ -69,17 +77,15 @@ class ForwardKernel:
         q_layout = tiles.smem_layout(self.dtype, ROWS, c.head_dim, c.consumer_warpgroups)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
-        load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim, c.cluster)
-        load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim, c.cluster)
+        load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
+        load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
         store_o, O = tiles.tma_store(O, q_layout, ROWS, c.head_dim)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
         grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
-        self.kernel(
-            (load_q, load_k, load_v, store_o), Q, K, V, O, LSE, softmax_scale * Float32(LOG2_E), head_group, counter, q_layout, k_layout
-        ).launch(
+        copies, scale_log2 = (load_q, load_k, load_v, store_o), softmax_scale * Float32(LOG2_E)
+        self.kernel(copies, Q, K, V, O, LSE, scale_log2, head_group, counter, q_layout, k_layout).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
-            cluster=[c.cluster, 1, 1],
             smem=c.shared_memory,
             stream=stream,
             min_blocks_per_mp=1,
@@ -98,8 +104,9 @@ class ForwardKernel:
         if c.lse:
             lse = make_fake_tensor(Float32, (batch, heads, seqlen_q), (cute.sym_int64(), cute.sym_int64(), 1))
         counter = make_fake_tensor(Int32, (2,), (1,)) if c.scheduler == "dynamic" else None
-        q, k, v, o = (tensor(*shape) for shape in ((seqlen_q, heads), (seqlen_k, heads_kv), (seqlen_k, heads_kv), (seqlen_q, heads)))
-        return q, k, v, o, lse, Float32(1.0), Int32(1), Int32(1), counter, make_fake_stream(use_tvm_ffi_env_stream=True)
+        q, k, v, o = tensor(seqlen_q, heads), tensor(seqlen_k, heads_kv), tensor(seqlen_k, heads_kv), tensor(seqlen_q, heads)
+        stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+        return q, k, v, o, lse, Float32(1.0), Int32(1), Int32(1), counter, stream
 
     @cute.kernel
     def kernel(
@@ -137,8 +144,8 @@ class ForwardKernel:
 
         consumer_warps = c.consumer_warpgroups * WARPGROUP // WARP
         q_ring = barriers.tma_ring(q_barriers, 1, c.tile_bytes["Q"], consumer_warps)
-        k_ring = barriers.tma_ring(k_barriers, c.stages, c.tile_bytes["K"], consumer_warps, c.cluster)
-        v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps, c.cluster)
+        k_ring = barriers.tma_ring(k_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
+        v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule_ring = barriers.thread_ring(schedule_barriers, 1, consumer_warps)
@@ -146,11 +153,7 @@ class ForwardKernel:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
         cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(c.cluster > 1):
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
+        cute.arch.sync_threads()
 
         seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
         heads, batch = Q.shape[2], Q.shape[3]
@@ -166,9 +169,10 @@ class ForwardKernel:
                 self.produce(schedule, mask, rings, copies, (Q, K, V), (sQ, sK, sV))
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
-            self.consume(
-                schedule, mask, rings, copies[3], O, LSE, scale_log2, (sQ, sK, sV, sO), warpgroup_index - 1, thread % WARPGROUP
-            )
+            softmax = OnlineSoftmax.start(c.rescale_from, c.max_chains, scale_log2)
+            turns = Turns(c.pingpong, c.consumer_warpgroups, warpgroup_index - 1)
+            consumer = self.consumer(thread % WARPGROUP, mask, turns, softmax, rings, sQ, sK, sV)
+            self.consume(consumer, schedule, copies[3], O, LSE, sO)
 
     @cute.jit
     def produce(self, schedule, mask, rings, copies, tensors, shared):
@@ -184,8 +188,8 @@ class ForwardKernel:
             n_stop, n_unmasked = mask.key_tiles(tile)
             if n_stop > 0:
                 source_q = TmaSource.of_head(q_ring, copies[0], shared[0], tensors[0], head, batch)
-                source_k = TmaSource.of_head(k_ring, copies[1], shared[1], tensors[1], head // group, batch, c.cluster)
-                source_v = TmaSource.of_head(v_ring, copies[2], shared[2], tensors[2], head // group, batch, c.cluster)
+                source_k = TmaSource.of_head(k_ring, copies[1], shared[1], tensors[1], head // group, batch)
+                source_v = TmaSource.of_head(v_ring, copies[2], shared[2], tensors[2], head // group, batch)
                 q_at = source_q.bring_all(tile * c.consumer_warpgroups, q_at)
                 k_at = source_k.bring(n_stop - 1, k_at)
                 for step in cutlass.range(n_stop - 1, unroll=1):
@@ -206,18 +210,22 @@ class ForwardKernel:
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule.ring.producer_tail(s_at)
 
-    @cute.jit
-    def consume(self, schedule, mask, rings, store_o, O, LSE, scale_log2, shared, w, thread):
-        """One warpgroup: for each tile, its 64 rows of O and of LSE."""
-        c = self.config
-        sQ, sK, sV, sO = shared
+    def consumer(self, thread, mask, turns, softmax, rings, sQ, sK, sV):
+        """A consumer warpgroup with its operands laid out."""
+        c, w = self.config, turns.warpgroup
         q_source = warpgroup.OperandSource.RMEM if c.q_in_registers else warpgroup.OperandSource.SMEM
         qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, q_source)
         pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         qk, pv = cute.make_tiled_mma(qk_op), cute.make_tiled_mma(pv_op)
-        operands = Operands(
-            qk=qk_op,
-            pv=pv_op,
+        return Consumer(
+            w,
+            thread,
+            mask,
+            turns,
+            softmax,
+            *rings,
+            qk_op,
+            pv_op,
             sQ=sQ[None, None, w],
             Q=qk.make_fragment_A(qk.get_slice(0).partition_A(sQ[None, None, w])),
             K=qk.make_fragment_B(qk.get_slice(0).partition_B(sK)),
@@ -226,163 +234,156 @@ class ForwardKernel:
             P=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), self.dtype),
             O=cute.make_rmem_tensor(pv.partition_shape_C((ROWS, c.head_dim)), Float32),
         )
-        softmax = OnlineSoftmax.start(c.rescale_from, scale_log2)
-        turns = Turns(c.pingpong, c.consumer_warpgroups, w)
-        turns.begin()
+
+    @cute.jit
+    def consume(self, t: Consumer, schedule, store_o, O, LSE, sO):
+        """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE."""
+        c = self.config
         q_at, k_at, v_at = barriers.consuming(1), barriers.consuming(c.stages), barriers.consuming(c.stages)
         s_at = barriers.consuming(1)
+        t.turns.begin()
         position = schedule.first()
         while position < schedule.tiles.length():
             tile, head, batch = schedule.tiles.tile(position)
-            operands.O.fill(0.0)
-            softmax.reset()
-            n_stop, n_unmasked = mask.key_tiles(tile)
+            n_stop, n_unmasked = t.mask.key_tiles(tile)
+            t.O.fill(0.0)
+            t.softmax.reset()
             if n_stop > 0:
-                q_at, k_at, v_at = self.mainloop(
-                    operands, softmax, mask, turns, rings, (q_at, k_at, v_at), tile, w, thread
-                )
-            softmax.finish(operands.O)
-            self.epilogue(operands, softmax.m, store_o, O, LSE, sO, tile, head, batch, w, thread)
-            if cutlass.const_expr(c.o_reuses_q):
-                if n_stop > 0:
-                    self.wait_for_store(thread)
-                    rings[0].consumer_release(q_at)
-                    q_at.advance()
+                t.q_ring.consumer_wait(q_at)
+                if cutlass.const_expr(c.q_in_registers):
+                    wgmma.load_operand(t.qk, t.Q, t.sQ, t.thread)
+                self.release_q(t, q_at, "loaded")
+                k_at, v_at = self.mainloop(t, tile, n_stop, n_unmasked, q_at, k_at, v_at)
+            t.softmax.finish(t.O)
+            self.epilogue(t, store_o, O, LSE, sO, tile, head, batch)
+            if n_stop > 0:
+                if cutlass.const_expr(c.o_reuses_q):
+                    self.wait_for_store(t)
+                self.release_q(t, q_at, "stored")
+                q_at.advance()
             position, s_at = schedule.hear(position, s_at)
-        self.wait_for_store(thread)
+        self.wait_for_store(t)
 
     @cute.jit
-    def mainloop(self, t, softmax, mask, turns, rings, places, tile, w, thread):
-        """Tiles of K and V from the last to the first: those that need masking, then the others without it."""
-        c = self.config
-        n_stop, n_unmasked = mask.key_tiles(tile)
-        first_row = tile * c.tile_m + w * ROWS
-        q_at, k_at, v_at = places
-        step = self.overlapped_step if c.overlap else self.plain_step
-        first = self.first_s if c.overlap else self.plain_step
-        rings[0].consumer_wait(q_at)
-        if cutlass.const_expr(c.q_in_registers):
-            wgmma.load_operand(t.qk, t.Q, t.sQ, thread)
-        if cutlass.const_expr(c.q_in_registers and not c.o_reuses_q):
-            rings[0].consumer_release(q_at)
-            q_at.advance()
-        k_at, v_at = first(t, softmax, mask, turns, rings, k_at, v_at, n_stop - 1, n_unmasked, first_row, thread)
-        for i in cutlass.range(n_stop - 1, unroll=1):
-            k_at, v_at = step(t, softmax, mask, turns, rings, k_at, v_at, n_stop - 2 - i, n_unmasked, first_row, thread)
-        if cutlass.const_expr(not c.q_in_registers and not c.o_reuses_q):
-            rings[0].consumer_release(q_at)
-            q_at.advance()
-        if cutlass.const_expr(c.overlap):
-            v_at = self.last_o(t, rings, v_at)
-        return q_at, k_at, v_at
+    def mainloop(self, t: Consumer, tile, n_stop, n_unmasked, q_at, k_at, v_at):
+        """Key tiles from the last to the first, so that those that need masking come first."""
+        first_row = tile * self.config.tile_m + t.index * ROWS
+        n = n_stop - 1
+        if cutlass.const_expr(self.config.overlap):
+            k_at = self.first_s(t, first_row, n, n_unmasked, k_at)
+            while n > 0:
+                n -= 1
+                k_at, v_at = self.overlapped_step(t, first_row, n, n_unmasked, k_at, v_at)
+            self.release_q(t, q_at, "last S")
+            v_at = self.last_o(t, v_at)
+        else:
+            while n >= 0:
+                k_at, v_at = self.plain_step(t, first_row, n, n_unmasked, k_at, v_at)
+                n -= 1
+            self.release_q(t, q_at, "last S")
+        return k_at, v_at
 
     @cute.jit
-    def plain_step(self, t, softmax, mask, turns, rings, k_at, v_at, n, n_unmasked, first_row, thread):
+    def plain_step(self, t: Consumer, first_row, n, n_unmasked, k_at, v_at):
         """Algorithm 1: S, softmax and O of tile n, one after the other."""
-        q_ring, k_ring, v_ring = rings
-        k_ring.consumer_wait(k_at)
-        turns.take()
-        wgmma.issue(t.qk, t.S, t.Q, t.K[None, None, None, k_at.index], zero=True)  # S = Q K_nᵀ
+        t.k_ring.consumer_wait(k_at)
+        t.turns.take()
+        self.issue_s(t, k_at)
         wgmma.wait(0)
-        turns.give()
-        k_ring.consumer_release(k_at)
-        if n >= n_unmasked:
-            mask.apply(t.S, first_row, n, thread)
-        softmax.maximum(t.S)
-        softmax.rescale(t.O)
-        softmax.exponentials(t.S)
-        round_into(t.P, t.S)
-        v_ring.consumer_wait(v_at)
-        wgmma.issue(t.pv, t.O, wgmma.as_operand(t.P, self.config.tile_n), t.V[None, None, None, v_at.index], zero=False)
-        wgmma.wait(0)
-        v_ring.consumer_release(v_at)
+        t.turns.give()
+        t.k_ring.consumer_release(k_at)
         k_at.advance()
-        v_at.advance()
-        return k_at, v_at
+        if n >= n_unmasked:
+            t.mask.apply(t.S, first_row, n, t.thread)
+        t.softmax.step(t.S)
+        t.softmax.rescale(t.O)
+        round_into(t.P, t.S)
+        return k_at, self.last_o(t, v_at)
 
     @cute.jit
-    def first_s(self, t, softmax, mask, turns, rings, k_at, v_at, n, n_unmasked, first_row, thread):
+    def first_s(self, t: Consumer, first_row, n, n_unmasked, k_at):
         """Algorithm 2 before its loop: S and P of the first tile, with nothing to overlap yet."""
-        q_ring, k_ring, v_ring = rings
-        k_ring.consumer_wait(k_at)
-        wgmma.issue(t.qk, t.S, t.Q, t.K[None, None, None, k_at.index], zero=True)
+        t.k_ring.consumer_wait(k_at)
+        self.issue_s(t, k_at)
         wgmma.wait(0)
-        k_ring.consumer_release(k_at)
+        t.k_ring.consumer_release(k_at)
+        k_at.advance()
         if n >= n_unmasked:
-            mask.apply(t.S, first_row, n, thread)
-        softmax.maximum(t.S)
-        softmax.exponentials(t.S)
+            t.mask.apply(t.S, first_row, n, t.thread)
+        t.softmax.step(t.S)
         round_into(t.P, t.S)
-        k_at.advance()
-        if n > 0:
-            k_ring.consumer_wait(k_at)
-        return k_at, v_at
+        return k_at
 
     @cute.jit
-    def overlapped_step(self, t, softmax, mask, turns, rings, k_at, v_at, n, n_unmasked, first_row, thread):
-        """Algorithm 2's loop: the tensor cores work on S of tile n and O of tile n + 1 while the softmax waits for S."""
-        q_ring, k_ring, v_ring = rings
-        turns.take()
-        wgmma.issue(t.qk, t.S, t.Q, t.K[None, None, None, k_at.index], zero=True)  # S_next = Q K_nᵀ
-        v_ring.consumer_wait(v_at)
-        wgmma.issue(t.pv, t.O, wgmma.as_operand(t.P, self.config.tile_n), t.V[None, None, None, v_at.index], zero=False)  # O += P V_{n+1}
-        turns.give()
+    def overlapped_step(self, t: Consumer, first_row, n, n_unmasked, k_at, v_at):
+        """Algorithm 2's loop: S of tile n and O of tile n + 1 are in flight together, the softmax of tile n follows."""
+        t.k_ring.consumer_wait(k_at)
+        t.turns.take()
+        self.issue_s(t, k_at)
+        t.v_ring.consumer_wait(v_at)
+        self.issue_o(t, v_at)
+        t.turns.give()
         wgmma.wait(1)
-        k_ring.consumer_release(k_at)
+        t.k_ring.consumer_release(k_at)
         k_at.advance()
-        if cutlass.const_expr(mask.causal):
+        if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
             if n >= n_unmasked:
-                mask.apply(t.S, first_row, n, thread)
-        softmax.maximum(t.S)
-        # A branch, so that ptxas leaves the wait for O here: it would move it up, before the maxima, to no use.
-        if n > 0:
-            k_ring.consumer_wait(k_at)
+                t.mask.apply(t.S, first_row, n, t.thread)
+        t.softmax.step(t.S)
         wgmma.wait(0)
-        v_ring.consumer_release(v_at)
-        softmax.rescale(t.O)
-        softmax.exponentials(t.S)
-        round_into(t.P, t.S)
+        t.v_ring.consumer_release(v_at)
         v_at.advance()
+        round_into(t.P, t.S)
+        t.softmax.rescale(t.O)
         return k_at, v_at
 
     @cute.jit
-    def last_o(self, t, rings, v_at):
-        """Algorithm 2 after its loop: O += P V of the last tile."""
-        q_ring, k_ring, v_ring = rings
-        v_ring.consumer_wait(v_at)
-        wgmma.issue(t.pv, t.O, wgmma.as_operand(t.P, self.config.tile_n), t.V[None, None, None, v_at.index], zero=False)
+    def last_o(self, t: Consumer, v_at):
+        """O += P V of a tile, with nothing to overlap: after Algorithm 2's loop, and in each step of Algorithm 1."""
+        t.v_ring.consumer_wait(v_at)
+        self.issue_o(t, v_at)
         wgmma.wait(0)
-        v_ring.consumer_release(v_at)
+        t.v_ring.consumer_release(v_at)
         v_at.advance()
         return v_at
 
     @cute.jit
-    def epilogue(self, t, lse, store_o, O, LSE, sO, tile, head, batch, w, thread):
+    def release_q(self, t: Consumer, q_at, moment: Constexpr[str]):
+        """Lets the producer overwrite Q, if this is the moment for it."""
+        if cutlass.const_expr(self.config.q_free_after == moment):
+            t.q_ring.consumer_release(q_at)
+
+    def issue_s(self, t, k_at):
+        """S = Q Kᵀ, in flight."""
+        wgmma.issue(t.qk, t.S, t.Q, t.K[None, None, None, k_at.index], zero=True)
+
+    def issue_o(self, t, v_at):
+        """O += P V, in flight."""
+        P = wgmma.as_operand(t.P, self.config.tile_n)
+        wgmma.issue(t.pv, t.O, P, t.V[None, None, None, v_at.index], zero=False)
+
+    @cute.jit
+    def epilogue(self, t: Consumer, store_o, O, LSE, sO, tile, head, batch):
         """LSE straight to memory; O to shared memory and from there by TMA, which clips the rows past the end."""
         c = self.config
         if cutlass.const_expr(LSE is not None):
-            if thread % 4 == 0:
+            if t.thread % 4 == 0:
                 for r in cutlass.range_constexpr(2):
-                    row = tile * c.tile_m + w * ROWS + wgmma.row_in_tile(thread, r)
+                    row = tile * c.tile_m + t.index * ROWS + wgmma.row_in_tile(t.thread, r)
                     if row < O.shape[0]:
-                        LSE[batch, head, row] = lse[r]
-        self.wait_for_store(thread)
-        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + w, number_of_threads=WARPGROUP)
-        to_shared = cute.make_tiled_copy_C(
-            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), cute.make_tiled_mma(t.pv)
-        ).get_slice(thread)
-        rounded = cute.make_rmem_tensor(t.O.layout, self.dtype)
-        rounded.store(t.O.load().to(self.dtype))
-        cute.copy(to_shared, to_shared.retile(rounded), to_shared.partition_D(sO[None, None, w]))
+                        LSE[batch, head, row] = t.softmax.m[r]
+        self.wait_for_store(t)
+        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + t.index, number_of_threads=WARPGROUP)
+        wgmma.store_accumulator(t.pv, t.O, sO[None, None, t.index], t.thread)
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + w, number_of_threads=WARPGROUP)
-        if thread < WARP:
+        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + t.index, number_of_threads=WARPGROUP)
+        if t.thread < WARP:
             tO, gO = tiles.partition(store_o, sO, O, head, batch)
-            cute.copy(store_o, tO[None, w], gO[None, tile * c.consumer_warpgroups + w])
+            cute.copy(store_o, tO[None, t.index], gO[None, tile * c.consumer_warpgroups + t.index])
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def wait_for_store(self, thread):
+    def wait_for_store(self, t: Consumer):
         """The warp that stores waits until TMA has read what it stored, so that the shared memory is free again."""
-        if thread < WARP:
+        if t.thread < WARP:
             cute.arch.cp_async_bulk_wait_group(0, read=True)

@@ -13,15 +13,14 @@ WARP = 32
 WARPGROUP = 128
 
 
-def tma_ring(mbarriers, stages, bytes_a_stage, consumer_warps, cluster=1):
-    """Stages filled by TMA (one thread issues) and emptied by consumer_warps warps of each CTA of a cluster."""
+def tma_ring(mbarriers, stages, bytes_a_stage, consumer_warps):
+    """Stages filled by TMA (one thread issues) and emptied by consumer_warps warps."""
     return pipeline.PipelineTmaAsync.create(
         barrier_storage=mbarriers,
         num_stages=stages,
         producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps * cluster),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps),
         tx_count=bytes_a_stage,
-        cta_layout_vmnk=cute.make_layout((1, cluster, 1, 1)),
         defer_sync=True,
     )
 

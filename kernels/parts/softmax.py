@@ -27,15 +27,16 @@ class OnlineSoftmax:
     """m and l of this thread's two rows; scale_log2 is softmax_scale · log2(e), so that exponentials are powers of 2."""
 
     rescale_from: Constexpr[float]
+    max_chains: Constexpr[int]
     scale_log2: Float32
     m: cute.Tensor
     l: cute.Tensor
     correction: cute.Tensor
 
     @classmethod
-    def start(cls, rescale_from, scale_log2):
+    def start(cls, rescale_from, max_chains, scale_log2):
         m, l, correction = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
-        return cls(rescale_from, scale_log2, m, l, correction)
+        return cls(rescale_from, max_chains, scale_log2, m, l, correction)
 
     @cute.jit
     def reset(self):
@@ -43,30 +44,44 @@ class OnlineSoftmax:
         self.l.fill(0.0)
 
     @cute.jit
-    def maximum(self, S: cute.Tensor):
-        """m takes in the rows of S; correction is what l and O must be multiplied with for it."""
-        s = wgmma.flat(S)
-        for r in cutlass.range_constexpr(2):
-            m_old, m_new = self.m[r], self.m[r]
-            for i in row_of(S, r):
-                m_new = cute.arch.fmax(m_new, s[i])
-            m_new = quad_max(m_new)
-            m_new = m_new if (m_new - m_old) * self.scale_log2 > self.rescale_from else m_old
-            self.m[r] = m_new
-            self.correction[r] = exp2(m_old * self.scale_log2 - self.shift(r))
+    def step(self, S: cute.Tensor):
+        """S becomes P = exp(S - m), in place; l takes it in; correction is what O must be multiplied with for it.
+
+        The second row's maximum is made to wait for the first's, by a select whose outcome only NaN could change: left
+        alone, ptxas takes both maxima first, and the special-function unit idles meanwhile.
+        """
+        highest = self.maximum(S, 0, self.m[0])
+        self.exponentials(S, 0)
+        seed = self.m[1] if highest >= self.m[0] or highest < self.m[0] else highest
+        self.maximum(S, 1, seed)
+        self.exponentials(S, 1)
 
     @cute.jit
-    def exponentials(self, S: cute.Tensor):
-        """S becomes P = exp(S - m), in place, and l takes it in."""
-        s = wgmma.flat(S)
-        for r in cutlass.range_constexpr(2):
-            shift, row = self.shift(r), row_of(S, r)
-            l_tile = Float32(0.0)
-            for i in row:
-                p = exp2(s[i] * self.scale_log2 - shift)
-                s[i] = p
-                l_tile = p if i == row[0] else l_tile + p
-            self.l[r] = self.l[r] * self.correction[r] + l_tile
+    def maximum(self, S: cute.Tensor, r: cutlass.Constexpr[int], seed):
+        """m takes in row half r of S, starting from seed (m itself). Returns this thread's own maximum."""
+        s, row, m_old = wgmma.flat(S), row_of(S, r), self.m[r]
+        chains = [seed, *(s[i] for i in row[: self.max_chains - 1])]
+        for place, i in enumerate(row[self.max_chains - 1 :]):
+            chains[place % self.max_chains] = cute.arch.fmax(chains[place % self.max_chains], s[i])
+        highest = chains[0]
+        for other in chains[1:]:
+            highest = cute.arch.fmax(highest, other)
+        m_new = quad_max(highest)
+        m_new = m_new if (m_new - m_old) * self.scale_log2 > self.rescale_from else m_old
+        self.m[r] = m_new
+        self.correction[r] = exp2(m_old * self.scale_log2 - self.shift(r))
+        return highest
+
+    @cute.jit
+    def exponentials(self, S: cute.Tensor, r: cutlass.Constexpr[int]):
+        """Row half r of S becomes P, and l takes it in."""
+        s, row, shift = wgmma.flat(S), row_of(S, r), self.shift(r)
+        l_tile = Float32(0.0)
+        for i in row:
+            p = exp2(s[i] * self.scale_log2 - shift)
+            s[i] = p
+            l_tile = p if i == row[0] else l_tile + p
+        self.l[r] = self.l[r] * self.correction[r] + l_tile
 
     @cute.jit
     def shift(self, r: cutlass.Constexpr[int]):

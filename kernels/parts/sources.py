@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Int16, pipeline
+from cutlass import pipeline
 
 from . import tiles
 
@@ -14,21 +14,19 @@ class TmaSource:
 
     ring: pipeline.PipelineTmaAsync
     atom: cute.CopyAtom
-    cluster: Constexpr[int]  # CTAs that receive each tile
     stages: cute.Tensor  # (copy, stage) shared memory
     tiles: cute.Tensor  # (copy, tile) coordinates in global memory
 
     @classmethod
-    def of_head(cls, ring, atom, shared, tensor, head, batch, cluster=1):
-        return cls(ring, atom, cluster, *tiles.partition(atom, shared, tensor, head, batch, cluster))
+    def of_head(cls, ring, atom, shared, tensor, head, batch):
+        return cls(ring, atom, *tiles.partition(atom, shared, tensor, head, batch))
 
     @cute.jit
     def bring(self, n, at):
         """Waits until the stage at `at` is empty and starts the load of tile n into it; returns the next place."""
         self.ring.producer_acquire(at)
-        everyone = {"mcast_mask": Int16((1 << self.cluster) - 1)} if self.cluster > 1 else {}
         barrier = self.ring.producer_get_barrier(at)
-        cute.copy(self.atom, self.tiles[None, n], self.stages[None, at.index], tma_bar_ptr=barrier, **everyone)
+        cute.copy(self.atom, self.tiles[None, n], self.stages[None, at.index], tma_bar_ptr=barrier)
         at.advance()
         return at
 

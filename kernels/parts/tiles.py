@@ -1,6 +1,5 @@
 """Shared-memory tiles in the layout that TMA writes and WGMMA reads (128-byte swizzle), and the TMA copies of them."""
 
-import cutlass
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
@@ -21,13 +20,11 @@ def stage_tensor(storage, layout):
     return storage.get_tensor(layout.outer, swizzle=layout.inner)
 
 
-def tma_load(tensor, layout, rows, columns, cluster=1):
-    """(atom, coordinate tensor): loads (rows, columns) of the first two modes of a global tensor into one stage.
-
-    cluster: CTAs that want the same tile; each brings its share of the rows to all of them.
-    """
-    op = cpasync.CopyBulkTensorTileG2SMulticastOp() if cluster > 1 else cpasync.CopyBulkTensorTileG2SOp()
-    return cpasync.make_tiled_tma_atom(op, tensor, cute.select(layout, mode=[0, 1]), (rows, columns), cluster)
+def tma_load(tensor, layout, rows, columns):
+    """(atom, coordinate tensor): loads (rows, columns) of the first two modes of a global tensor into one stage."""
+    return cpasync.make_tiled_tma_atom(
+        cpasync.CopyBulkTensorTileG2SOp(), tensor, cute.select(layout, mode=[0, 1]), (rows, columns)
+    )
 
 
 def tma_store(tensor, layout, rows, columns):
@@ -38,11 +35,10 @@ def tma_store(tensor, layout, rows, columns):
 
 
 @cute.jit
-def partition(atom: cute.CopyAtom, shared: cute.Tensor, tensor: cute.Tensor, head, batch, cluster: cutlass.Constexpr[int] = 1):
+def partition(atom: cute.CopyAtom, shared: cute.Tensor, tensor: cute.Tensor, head, batch):
     """(shared side by stage, global side by tile) of a TMA copy of the (rows, columns) tiles of one head."""
     rows, columns = cute.size(shared, mode=[0]), cute.size(shared, mode=[1])
     tiles = cute.local_tile(tensor[None, None, head, batch], (rows, columns), (None, 0))
-    cta = cute.arch.block_idx_in_cluster() if cutlass.const_expr(cluster > 1) else 0
     return cpasync.tma_partition(
-        atom, cta, cute.make_layout(cluster), cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2)
+        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2)
     )
