@@ -76,13 +76,12 @@ class Report:
 
 
 def expected_wgmmas(config):
-    """WGMMAs in a forward kernel's code: S = Q Kᵀ sums over head_dim, O += P V over tile_n, and each stands there twice.
+    """WGMMAs in a forward kernel's code: S = Q Kᵀ sums over head_dim, O += P V over tile_n, and each stands there once.
 
-    With overlap S for the first tile and in the loop, O in the loop and for the last tile; without, a step for the first
-    tile and one in the loop.
+    With overlap it stands there twice: S for the first tile and in the loop, O in the loop and for the last tile.
     """
     k = WGMMA_K[config.dtype]
-    return 2 * (config.head_dim // k + config.tile_n // k)
+    return (2 if config.overlap else 1) * (config.head_dim // k + config.tile_n // k)
 
 
 def inspect(config):

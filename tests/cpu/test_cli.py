@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fa3 import demo, doctor, jit, plan, timing, toolkit
+from fa3 import bench, demo, doctor, hopper, jit, plan, timing, toolkit
 from fa3.__main__ import main
 from fa3.kernels.configs import ForwardConfig
 
@@ -265,6 +265,61 @@ def test_demo_compiles_what_its_call_would_launch():
     for causal in (False, True):
         config = plan.plan_forward(demo.problem(causal), plan.Device()).config
         assert config in shipped and config.head_dim == 128 and not config.lse
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """The CPU passes for a small Hopper GPU on which every call takes 2 ms."""
+    randn = torch.randn
+    monkeypatch.setattr(hopper, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "randn", lambda shape, device, **options: randn(shape, **options | dict(generator=None)))
+    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
+    monkeypatch.setattr(timing, "milliseconds", lambda calls: {name: (call(), 2.0)[1] for name, call in calls.items()})
+    for name, size in dict(BATCH=1, SEQLEN=200, HEADS=2).items():
+        monkeypatch.setattr(demo, name, size)
+    monkeypatch.setattr(bench, "TOKENS", 512)
+    monkeypatch.setattr(bench, "HIDDEN", 256)
+
+
+def test_demo_on_a_gpu(pretend, capsys, monkeypatch):
+    assert main(["demo"]) == 0
+    printed = capsys.readouterr().out
+    assert "attention on pretended GPU: batch 1, seqlen 200, 2 heads, head_dim 128, bf16" in printed
+    assert "NO HOPPER GPU" not in printed and "TOO LARGE" not in printed
+    rows = {line.split()[0]: line for line in printed.splitlines() if " ok " in line}
+    assert set(rows) == {"full", "causal"} and all("from the disk cache" in row for row in rows.values())
+    assert "backward: not there yet" in printed
+    monkeypatch.setattr(demo, "flash_attn_func", lambda q, k, v, causal: q)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().out.count("TOO LARGE") == 2
+
+
+def test_bench_on_a_gpu(pretend, capsys):
+    assert main(["bench", "--head-dim", "64", "128", "--seqlen", "128", "256", "--causal", "no"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if " full " in line]
+    assert [row[:5] for row in rows] == [
+        ["64", "full", "128", "4", "4"],
+        ["64", "full", "256", "2", "4"],
+        ["128", "full", "128", "4", "2"],
+        ["128", "full", "256", "2", "2"],
+    ]
+    assert all(row[-1] == "1.00" for row in rows)
+
+
+def test_calls_are_timed_in_turns(monkeypatch):
+    """As many launches a burst as fill it; a median over the rounds, so that one slow round doesn't count."""
+    bursts = []
+
+    def burst(call, launches):
+        bursts.append((call(), launches))
+        return {"slow": 10.0, "fast": 0.001}[call()] * (50 if len(bursts) == 7 else 1)
+
+    monkeypatch.setattr(timing, "burst", burst)
+    assert timing.milliseconds({"a": lambda: "slow", "b": lambda: "fast"}) == {"a": 10.0, "b": 0.001}
+    assert bursts[2:] == [("slow", 3), ("fast", 500)] * timing.ROUNDS
 
 
 def test_bench_needs_a_gpu():
