@@ -8,7 +8,7 @@ from .problem import Problem
 # (head_dim, mask) -> what differs from ForwardConfig's defaults.
 FORWARD = {
     (64, "none"): dict(tile_m=192, tile_n=128, max_chains=4),
-    (64, "causal"): dict(tile_m=192, tile_n=128),
+    (64, "causal"): dict(tile_m=192, tile_n=128, max_chains=4),
     (128, "none"): dict(tile_m=128, tile_n=128, q_in_registers=True),
     (128, "causal"): dict(tile_m=128, tile_n=128, q_in_registers=True),
     (256, "none"): dict(tile_m=128, tile_n=80),

@@ -271,9 +271,13 @@ class ForwardKernel:
         n = n_stop - 1
         if cutlass.const_expr(self.config.overlap):
             k_at = self.first_s(t, first_row, n, n_unmasked, k_at)
+            if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
+                while n > n_unmasked:
+                    n -= 1
+                    k_at, v_at = self.overlapped_step(t, first_row, n, k_at, v_at, masked=True)
             while n > 0:
                 n -= 1
-                k_at, v_at = self.overlapped_step(t, first_row, n, n_unmasked, k_at, v_at)
+                k_at, v_at = self.overlapped_step(t, first_row, n, k_at, v_at, masked=False)
             self.release_q(t, q_at, "last S")
             v_at = self.last_o(t, v_at)
         else:
@@ -315,7 +319,7 @@ class ForwardKernel:
         return k_at
 
     @cute.jit
-    def overlapped_step(self, t: Consumer, first_row, n, n_unmasked, k_at, v_at):
+    def overlapped_step(self, t: Consumer, first_row, n, k_at, v_at, masked: Constexpr[bool]):
         """Algorithm 2's loop: S of tile n and O of tile n + 1 are in flight together, the softmax of tile n follows."""
         t.k_ring.consumer_wait(k_at)
         t.turns.take()
@@ -326,9 +330,8 @@ class ForwardKernel:
         wgmma.wait(1)
         t.k_ring.consumer_release(k_at)
         k_at.advance()
-        if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
-            if n >= n_unmasked:
-                t.mask.apply(t.S, first_row, n, t.thread)
+        if cutlass.const_expr(masked):
+            t.mask.apply(t.S, first_row, n, t.thread)
         t.softmax.step(t.S)
         wgmma.wait(0)
         t.v_ring.consumer_release(v_at)

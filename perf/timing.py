@@ -19,7 +19,7 @@ from typing import Callable, NamedTuple
 from perf.peers import Tensors
 
 BURST_MS = 25.0
-WARMUP_MS = 5.0
+WARMUP_MS = 20.0
 MIN_LAUNCHES = 3
 MAX_LAUNCHES = 500  # CUDA queues 1024 kernels at most; a call may be two
 ESTIMATE_MS = 2.0
