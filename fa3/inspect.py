@@ -78,10 +78,12 @@ class Report:
 def expected_wgmmas(config):
     """WGMMAs in a forward kernel's code: S = Q Kᵀ sums over head_dim, O += P V over tile_n, and each stands there once.
 
-    With overlap it stands there twice: S for the first tile and in the loop, O in the loop and for the last tile.
+    With overlap it stands there twice: S for the first tile and in the loop, O in the loop and for the last tile. A causal
+    mask adds a loop of its own, over the tiles that need it.
     """
     k = WGMMA_K[config.dtype]
-    return (2 if config.overlap else 1) * (config.head_dim // k + config.tile_n // k)
+    copies = 1 + config.overlap + (config.overlap and config.mask == "causal")
+    return copies * (config.head_dim // k + config.tile_n // k)
 
 
 def inspect(config):

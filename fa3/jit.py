@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -117,12 +118,17 @@ def key(config):
 def fingerprint():
     """Everything beside the config that decides the compiled code, as text."""
     sources = Path(kernel_sources())
-    lines = [ARCHITECTURE]
+    lines = [ARCHITECTURE, f"code generator {code_generator()}"]
     for path in sorted(sources.rglob("*.py")):
         lines.append(f"{path.relative_to(sources)} {hashlib.sha256(path.read_bytes()).hexdigest()}")
-    for package in ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi"):
+    for package in ("nvidia-cutlass-dsl", *(f"nvidia-cutlass-dsl-libs-{part}" for part in ("base", "cu12", "cu13")), "apache-tvm-ffi"):
         lines.append(f"{package} {version(package)}")
     return "\n".join(lines)
+
+
+def code_generator():
+    """The file of the DSL's compiler that is in use: it ships one for each CUDA major version and picks by the driver."""
+    return Path(sys.modules["cutlass._mlir._mlir_libs._cutlass_ir"].__file__).name
 
 
 def kernel_sources():
@@ -160,6 +166,7 @@ def _save(kernel, path):
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".o")
     os.close(handle)
     try:
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would shut out others who share the directory
         kernel.export_to_c(temporary, SYMBOL)
         body = Path(temporary).read_bytes()
         with open(temporary, "ab") as file:
@@ -167,6 +174,13 @@ def _save(kernel, path):
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@lru_cache
+def _umask():
+    """The process's file mode mask, read where it stands: os.umask() could only change it."""
+    with open("/proc/self/status") as file:
+        return next((int(line.split()[1], 8) for line in file if line.startswith("Umask:")), 0o022)
 
 
 @lru_cache

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from .kernels.configs import DTYPE_BYTES, ForwardConfig
 from .problem import Problem
 
-# (head_dim, mask) -> what differs from ForwardConfig's defaults.
+# (head_dim, mask) -> what differs from ForwardConfig's defaults. Chosen by the sweeps of perf/NOTES.md, 2026-11-22;
+# measured in perf/results/2026-11-22-paper-fwd-h200.json.
 FORWARD = {
     (64, "none"): dict(tile_m=192, tile_n=128, max_chains=4),
     (64, "causal"): dict(tile_m=192, tile_n=128, max_chains=4),
@@ -42,15 +43,16 @@ def plan_forward(problem: Problem, device: Device) -> Plan:
     """The plan of a forward call that has scores to compute."""
     mask = "causal" if problem.causal else "none"
     config = forward_config(problem.dtype, problem.head_dim, mask, problem.lse)
-    if problem.sm_margin and config.scheduler == "single":
-        config = replace(config, scheduler="dynamic")  # a grid of one CTA a tile leaves no SM alone
     tiles = -(-problem.seqlen_q // config.tile_m) * problem.heads * problem.batch
     if tiles >= 2**31:
         raise ValueError(f"q has {tiles} tiles of {config.tile_m} queries; at most {2**31 - 1} can be launched")
+    ctas = min(device.sms - problem.sm_margin, tiles)
+    if tiles <= ctas:
+        config = replace(config, scheduler="single")  # nothing to hand out, and no counter to look after
     return Plan(
         config=config,
         head_group=head_group(problem, device),
-        ctas=min(device.sms - problem.sm_margin, tiles),
+        ctas=ctas,
         softmax_scale=problem.softmax_scale,
     )
 
@@ -82,10 +84,11 @@ def shipped(family="forward"):
     if family != "forward":
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
     return [
-        forward_config(dtype, head_dim, mask, lse)
+        replace(forward_config(dtype, head_dim, mask, lse), scheduler=scheduler)
         for head_dim, mask in FORWARD
         for dtype in DTYPE_BYTES
         for lse in (False, True)
+        for scheduler in ("single", "dynamic")
     ]
 
 

@@ -36,7 +36,8 @@ class ForwardConfig:
     scheduler: "single", one CTA a tile; "persistent", one CTA an SM, each with its list of tiles; or "dynamic", one CTA
         an SM, each taking the next tile that is left (parts/schedule.py).
     q_in_registers: Q is read from shared memory once a tile and not once a step.
-    rescale_from: O is rescaled once a row's maximum has risen by more than 2 to this power (parts/softmax.py).
+    rescale_from: O is rescaled once a row's maximum has risen by more than 2 to this power (parts/softmax.py); with 0, on
+        every tile, and without a branch.
     max_chains: independent chains in which a thread takes the maximum of a row of S.
     lse: write the log-sum-exp of each query row.
     """

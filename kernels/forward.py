@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
-from cutlass.utils import SmemAllocator
+from cutlass.memory import SmemAllocator
 
 from .configs import WARPGROUP, ForwardConfig
 from .parts import barriers, tiles, wgmma

@@ -18,7 +18,7 @@ def round_into(target: cute.Tensor, source: cute.Tensor):
     """
     dtype = target.element_type
     pairs, values = cute.recast_tensor(wgmma.flat(target), Int32), wgmma.flat(source)
-    for i in cutlass.range_constexpr(cute.size(pairs)):
+    for i in [*range(cute.size(pairs))]:  # a list, so that the loop is Python's
         pairs[i] = cute.arch.inline_ptx(
             PTX[dtype] + " {$w0}, {$r1}, {$r0};",
             write_only_types=[Int32],

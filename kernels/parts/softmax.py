@@ -67,7 +67,8 @@ class OnlineSoftmax:
         for other in chains[1:]:
             highest = cute.arch.fmax(highest, other)
         m_new = quad_max(highest)
-        m_new = m_new if (m_new - m_old) * self.scale_log2 > self.rescale_from else m_old
+        if cutlass.const_expr(self.rescale_from > 0):
+            m_new = m_new if (m_new - m_old) * self.scale_log2 > self.rescale_from else m_old
         self.m[r] = m_new
         self.correction[r] = exp2(m_old * self.scale_log2 - self.shift(r))
         return highest
@@ -92,8 +93,11 @@ class OnlineSoftmax:
     @cute.jit
     def rescale(self, O: cute.Tensor):
         """O, accumulated against the old maxima, is brought to the new ones, if any row of the warp has one."""
-        moved = self.correction[0] != 1.0 or self.correction[1] != 1.0
-        if cute.arch.vote_any_sync(moved):
+        if cutlass.const_expr(self.rescale_from > 0):
+            moved = self.correction[0] != 1.0 or self.correction[1] != 1.0
+            if cute.arch.vote_any_sync(moved):
+                scale_rows(O, self.correction)
+        else:
             scale_rows(O, self.correction)
 
     @cute.jit
@@ -111,8 +115,9 @@ class OnlineSoftmax:
 @cute.jit
 def scale_rows(O: cute.Tensor, factor: cute.Tensor):
     o = wgmma.flat(O)
-    for i in cutlass.range_constexpr(cute.size(o)):
-        o[i] = o[i] * factor[i // 2 % 2]
+    for r in cutlass.range_constexpr(2):
+        for i in row_of(O, r):
+            o[i] = o[i] * factor[r]
 
 
 def exp2(x):
