@@ -1,6 +1,6 @@
 """Problem -> Plan: which kernel, which config, which grid. Pure Python, no GPU."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .kernels.configs import DTYPE_BYTES, ForwardConfig
 from .problem import Problem
@@ -46,13 +46,10 @@ def plan_forward(problem: Problem, device: Device) -> Plan:
     tiles = -(-problem.seqlen_q // config.tile_m) * problem.heads * problem.batch
     if tiles >= 2**31:
         raise ValueError(f"q has {tiles} tiles of {config.tile_m} queries; at most {2**31 - 1} can be launched")
-    ctas = min(device.sms - problem.sm_margin, tiles)
-    if tiles <= ctas:
-        config = replace(config, scheduler="single")  # nothing to hand out, and no counter to look after
     return Plan(
         config=config,
         head_group=head_group(problem, device),
-        ctas=ctas,
+        ctas=min(device.sms - problem.sm_margin, tiles),
         softmax_scale=problem.softmax_scale,
     )
 
@@ -84,11 +81,10 @@ def shipped(family="forward"):
     if family != "forward":
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
     return [
-        replace(forward_config(dtype, head_dim, mask, lse), scheduler=scheduler)
+        forward_config(dtype, head_dim, mask, lse)
         for head_dim, mask in FORWARD
         for dtype in DTYPE_BYTES
         for lse in (False, True)
-        for scheduler in ("single", "dynamic")
     ]
 
 

@@ -39,6 +39,7 @@ class ForwardConfig:
     rescale_from: O is rescaled once a row's maximum has risen by more than 2 to this power (parts/softmax.py); with 0, on
         every tile, and without a branch.
     max_chains: independent chains in which a thread takes the maximum of a row of S.
+    late_release: with overlap, K's stage is released, and O awaited, after the first row's exponentials and not before.
     lse: write the log-sum-exp of each query row.
     """
 
@@ -54,6 +55,7 @@ class ForwardConfig:
     q_in_registers: bool = False
     rescale_from: float = 8.0
     max_chains: int = 1
+    late_release: bool = False
     lse: bool = True
 
     family = "forward"

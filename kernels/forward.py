@@ -328,11 +328,15 @@ class ForwardKernel:
         self.issue_o(t, v_at)
         t.turns.give()
         wgmma.wait(1)
-        t.k_ring.consumer_release(k_at)
-        k_at.advance()
+        if cutlass.const_expr(not self.config.late_release):
+            t.k_ring.consumer_release(k_at)
         if cutlass.const_expr(masked):
             t.mask.apply(t.S, first_row, n, t.thread)
-        t.softmax.step(t.S)
+        highest = t.softmax.first_row(t.S)
+        if cutlass.const_expr(self.config.late_release):
+            barriers.release_after(t.k_ring, k_at, t.softmax.l)
+        t.softmax.second_row(t.S, highest)
+        k_at.advance()
         wgmma.wait(0)
         t.v_ring.consumer_release(v_at)
         v_at.advance()

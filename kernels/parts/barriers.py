@@ -10,6 +10,7 @@ from cutlass import Constexpr, Int32, pipeline
 EPILOGUE_BARRIER = 1
 TURN_BARRIER = 4
 WARP = 32
+NO_NAN = -0x2153  # 0xffffdead
 WARPGROUP = 128
 
 
@@ -44,6 +45,15 @@ def producing(stages):
 def consuming(stages):
     """A consumer's place in a ring of so many stages."""
     return pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, stages)
+
+
+@cute.jit
+def release_after(ring, at, value: cute.Tensor):
+    """consumer_release that can't be moved up before value[0] is computed: its predicate looks at the value, for a NaN that
+    no instruction makes.
+    """
+    if ring.is_signaling_thread or cute.recast_tensor(value, Int32)[0] == NO_NAN:
+        cute.arch.mbarrier_arrive(ring.consumer_get_barrier(at))
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,22 @@ class OnlineSoftmax:
 
     @cute.jit
     def step(self, S: cute.Tensor):
-        """S becomes P = exp(S - m), in place; l takes it in; correction is what O must be multiplied with for it.
+        """S becomes P = exp(S - m), in place; l takes it in; correction is what O must be multiplied with for it."""
+        highest = self.first_row(S)
+        self.second_row(S, highest)
 
-        The second row's maximum is made to wait for the first's, by a select whose outcome only NaN could change: left
-        alone, ptxas takes both maxima first, and the special-function unit idles meanwhile.
-        """
+    @cute.jit
+    def first_row(self, S: cute.Tensor):
+        """The step of row half 0. Returns this thread's own maximum."""
         highest = self.maximum(S, 0, self.m[0])
         self.exponentials(S, 0)
+        return highest
+
+    @cute.jit
+    def second_row(self, S: cute.Tensor, highest):
+        """The step of row half 1, whose maximum is made to wait for the first row's (`highest`) by a select whose outcome
+        only NaN could change: left alone, ptxas takes both maxima first, and the special-function unit idles meanwhile.
+        """
         seed = self.m[1] if highest >= self.m[0] or highest < self.m[0] else highest
         self.maximum(S, 1, seed)
         self.exponentials(S, 1)
@@ -115,9 +124,8 @@ class OnlineSoftmax:
 @cute.jit
 def scale_rows(O: cute.Tensor, factor: cute.Tensor):
     o = wgmma.flat(O)
-    for r in cutlass.range_constexpr(2):
-        for i in row_of(O, r):
-            o[i] = o[i] * factor[r]
+    for i in [*range(cute.size(o))]:  # a list, so that the loop is Python's
+        o[i] = o[i] * factor[i // 2 % 2]
 
 
 def exp2(x):

@@ -210,7 +210,7 @@ def bench(tmp_path, providers, device=None, suite="paper", points=(SQUARE, CAUSA
     return results.read(path), output.getvalue()
 
 
-@pytest.mark.parametrize("gpu_ms, launches, warmup", [(1.0, 25, 5), (0.25, 100, 20), (9.0, 3, 1), (400.0, 3, 1), (0.001, 500, 500)])
+@pytest.mark.parametrize("gpu_ms, launches, warmup", [(1.0, 25, 20), (0.25, 100, 80), (9.0, 3, 2), (400.0, 3, 1), (0.001, 500, 500)])
 def test_a_burst_is_as_long_for_everyone(gpu_ms, launches, warmup):
     turn = timing.plan_turn(timing.Runnable(Call(gpu_ms, 0.0001), nullcontext), FakeDevice())
     assert turn == (launches, warmup, 0.0)
