@@ -12,7 +12,7 @@ __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "explain"]
 
 try:
     from .attention import explain, flash_attn_func, flash_attn_qkvpacked_func
-except (ImportError, RuntimeError) as error:  # a package is missing or broken: the functions say so, and `doctor` runs
+except Exception as error:  # a package is missing or broken: the functions say so, and `doctor` runs
     broken = error
 
     def __getattr__(name):

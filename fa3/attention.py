@@ -8,6 +8,7 @@ from . import jit, reference
 from .plan import Device, plan_forward
 from .problem import Problem, check_address, refuse_grad
 
+SMALLEST_FP32 = torch.finfo(torch.float32).tiny
 CALLS_REMEMBERED = 4096  # distinct (shapes, strides, options) whose validation and plan are kept
 
 
@@ -37,7 +38,8 @@ def flash_attn_func(
             strides free but multiples of 16 bytes. CUDA tensors need a Hopper GPU; CPU tensors run the reference.
         k, v: (batch, seqlen_k, heads_kv, head_dim), q's dtype and device. heads must be a multiple of heads_kv: query
             head h reads head h // (heads // heads_kv) (grouped-query and multi-query attention).
-        softmax_scale: factor of the scores before the softmax, any finite number; None means head_dim ** -0.5.
+        softmax_scale: factor of the scores before the softmax, any number that fp32 holds (one below its smallest normal
+            number counts as 0); None means head_dim ** -0.5.
         causal: query i sees keys up to i + seqlen_k - seqlen_q (aligned to the bottom right).
         sm_margin: SMs to leave to other kernels.
         return_attn_probs: also return the log-sum-exp of each row.
@@ -63,7 +65,7 @@ def flash_attn_func(
             q.device, k.device, v.device, options, *map(type, options),
         )  # fmt: skip
         call = CALLS.get(key)
-    except (AttributeError, TypeError):  # not tensors, or unhashable: the validation says which
+    except (AttributeError, TypeError, RuntimeError):  # no strided tensors, or unhashable: the validation says which
         key = call = None
     if call is None or torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         problem = Problem.of(
@@ -177,10 +179,10 @@ CALLS = {}  # what a call's shapes, strides and options decided, once
 
 def call_for(problem, q, k, v):
     """The function of (q, k, v) that runs this problem: reference, no kernel at all, or a planned launch."""
-    if not q.is_cuda:
-        return lambda q, k, v: run_reference(problem, q, k, v)
     if problem.empty:
         return lambda q, k, v: nothing_to_attend(problem, q)
+    if not q.is_cuda:
+        return lambda q, k, v: run_reference(problem, q, k, v)
     plan = plan_forward(problem, device_of(q.device))
     return Launch(problem, plan, [restrided(t) for t in (q, k, v)])
 
@@ -204,9 +206,12 @@ class Launch:
         self.strides = strides if any(strides) else None
         self.out_shape = (problem.batch, problem.seqlen_q, problem.heads, problem.head_dim)
         self.lse_shape = (problem.batch, problem.heads, problem.seqlen_q) if problem.lse else None
-        # exp(s · scale) is taken against the largest s, so the kernel wants a positive scale: the sign goes into q
-        self.q_factor = None if problem.softmax_scale > 0 else (-1.0 if problem.softmax_scale < 0 else 0.0)
-        scale = abs(problem.softmax_scale) or 1.0
+        # exp(s · scale) is taken against the largest s, so the kernel wants a positive scale: its sign, or 0, goes into q
+        scale = abs(problem.softmax_scale)
+        if scale < SMALLEST_FP32:
+            self.q_factor, scale = 0.0, 1.0
+        else:
+            self.q_factor = -1.0 if problem.softmax_scale < 0 else None
         self.arguments = (scale, plan.head_group, plan.ctas)
         self.counted = plan.config.scheduler == "dynamic"
 
@@ -214,10 +219,10 @@ class Launch:
         if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
             for name, t in (("q", q), ("k", k), ("v", v)):
                 check_address(name, t)
-        if self.q_factor is not None:
-            q = q * self.q_factor
         if self.strides is not None:
             q, k, v = (t if s is None else t.as_strided(t.shape, s) for t, s in zip((q, k, v), self.strides))
+        if self.q_factor is not None:
+            q = q * self.q_factor
         out = torch.empty(self.out_shape, dtype=q.dtype, device=q.device)
         counter = counter_for(q.device) if self.counted else None
         if self.lse_shape is None:
@@ -236,17 +241,19 @@ def restrided(t):
 
 
 COUNTERS = {}  # (device, stream) -> a dynamic schedule's counter, which every launch leaves zero
-TORCH_STREAMS = 1 << 16  # stream ids below are torch's own streams, which live for ever; others are addresses
 
 
 def counter_for(device):
     """Two zeros on the device that no launch which may run at the same time uses.
 
     Launches on one stream follow each other, so they share a counter. A CUDA graph may be replayed beside any stream, and
-    the id of a stream that isn't torch's may come back for another one: those calls get a counter of their own.
+    the id of a stream that isn't torch's (an even one, but for the default stream's 0; torch's c10/cuda/CUDAStream.cpp) may
+    stand for several or come back for another one: those calls get a counter of their own.
     """
     stream = torch.cuda.current_stream(device).stream_id
-    if stream >= TORCH_STREAMS or torch.cuda.is_current_stream_capturing():
+    with torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing or (stream != 0 and stream % 2 == 0):
         return torch.zeros(2, dtype=torch.int32, device=device)
     counter = COUNTERS.get((device, stream))
     if counter is None:

@@ -121,7 +121,8 @@ def fingerprint():
     lines = [ARCHITECTURE, f"code generator {code_generator()}"]
     for path in sorted(sources.rglob("*.py")):
         lines.append(f"{path.relative_to(sources)} {hashlib.sha256(path.read_bytes()).hexdigest()}")
-    for package in ("nvidia-cutlass-dsl", *(f"nvidia-cutlass-dsl-libs-{part}" for part in ("base", "cu12", "cu13")), "apache-tvm-ffi"):
+    dsl = "nvidia-cutlass-dsl"
+    for package in (dsl, f"{dsl}-libs-base", f"{dsl}-libs-cu12", f"{dsl}-libs-cu13", "apache-tvm-ffi"):
         lines.append(f"{package} {version(package)}")
     return "\n".join(lines)
 
@@ -191,6 +192,10 @@ def _load_runtime():
 
 @contextmanager
 def _process_lock(path):
-    with open(path, "w") as file:
+    try:
+        file = open(path, "a")
+    except PermissionError:  # another user's lock file: reading it is enough to lock it
+        file = open(path)
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

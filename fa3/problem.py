@@ -1,12 +1,12 @@
 """Problem: one validated description of a call. Every argument error of the library is raised here."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 HEAD_DIMS = (64, 128, 256)
+LARGEST_FP32 = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def check_tensors(tensors):
     for name, t in tensors.items():
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.layout is not torch.strided or t.is_nested:
+            raise ValueError(f"{name} must be a dense (strided) tensor, got layout {t.layout}{', nested' * t.is_nested}")
         if t.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, seqlen, heads, head_dim), got shape {tuple(t.shape)}")
         if t.dtype not in DTYPES:
@@ -148,9 +150,10 @@ def check_address(name, t):
 
 def checked_scale(softmax_scale, head_dim):
     if softmax_scale is None:
-        return 1.0 / math.sqrt(head_dim)
+        return head_dim**-0.5
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale must be a number or None, got {softmax_scale!r}")
-    if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale!r}")
+    if not -LARGEST_FP32 <= softmax_scale <= LARGEST_FP32:  # NaN is not either
+        allowed = f"from {-LARGEST_FP32:.3g} to {LARGEST_FP32:.3g}"
+        raise ValueError(f"softmax_scale must be finite in fp32, {allowed}, got {softmax_scale!r}")
     return float(softmax_scale)

@@ -141,7 +141,7 @@ class ForwardConfig:
 
     @property
     def barrier_bytes(self):
-        """mbarriers, full and empty, for Q, each stage of K and V, and the schedule with its word; padded to what the tiles' alignment asks."""
+        """mbarriers, full and empty, for Q, each stage of K and V, and the schedule, and its word; padded for the tiles."""
         return -(-(8 * 2 * (2 + 2 * self.stages) + 16) // 1024) * 1024
 
     @property

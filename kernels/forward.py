@@ -186,11 +186,12 @@ class ForwardKernel:
         while position < schedule.tiles.length():
             tile, head, batch = schedule.tiles.tile(position)
             n_stop, n_unmasked = mask.key_tiles(tile)
-            if n_stop > 0:
+            if n_stop > 0 or c.o_reuses_q:  # O of a tile that sees no key goes through Q's memory too
                 source_q = TmaSource.of_head(q_ring, copies[0], shared[0], tensors[0], head, batch)
+                q_at = source_q.bring_all(tile * c.consumer_warpgroups, q_at)
+            if n_stop > 0:
                 source_k = TmaSource.of_head(k_ring, copies[1], shared[1], tensors[1], head // group, batch)
                 source_v = TmaSource.of_head(v_ring, copies[2], shared[2], tensors[2], head // group, batch)
-                q_at = source_q.bring_all(tile * c.consumer_warpgroups, q_at)
                 k_at = source_k.bring(n_stop - 1, k_at)
                 for step in cutlass.range(n_stop - 1, unroll=1):
                     n = n_stop - 2 - step
@@ -248,15 +249,16 @@ class ForwardKernel:
             n_stop, n_unmasked = t.mask.key_tiles(tile)
             t.O.fill(0.0)
             t.softmax.reset()
-            if n_stop > 0:
+            if n_stop > 0 or c.o_reuses_q:
                 t.q_ring.consumer_wait(q_at)
+            if n_stop > 0:
                 if cutlass.const_expr(c.q_in_registers):
                     wgmma.load_operand(t.qk, t.Q, t.sQ, t.thread)
                 self.release_q(t, q_at, "loaded")
                 k_at, v_at = self.mainloop(t, tile, n_stop, n_unmasked, q_at, k_at, v_at)
             t.softmax.finish(t.O)
             self.epilogue(t, store_o, O, LSE, sO, tile, head, batch)
-            if n_stop > 0:
+            if n_stop > 0 or c.o_reuses_q:
                 if cutlass.const_expr(c.o_reuses_q):
                     self.wait_for_store(t)
                 self.release_q(t, q_at, "stored")

@@ -3,7 +3,12 @@
 A movement is old time / new time: above 1 is faster. An absolute number moves from machine to machine and from day to
 day, ratios within one run hold; so a provider's movement is normalised: divided by the geometric mean of its peers'
 movements over all points that both runs have. Without a common peer the raw movement is all there is, and is judged.
+Noise is twice the standard error of both medians, from the samples' median absolute deviation: samples that differ by 5 %
+still pin a median of seven down to about 2 %. What no point shows alone, all together do: the geometric mean is judged too.
 """
+
+import math
+import statistics
 
 from dataclasses import dataclass, field
 
@@ -20,7 +25,7 @@ class Movement:
     point: object
     old_ms: float
     new_ms: float
-    noise: float  # the larger of both spreads, at least NOISE_FLOOR
+    noise: float  # of the movement, at least NOISE_FLOOR
     peers: float  # the peers' movement
 
     @property
@@ -63,7 +68,18 @@ class Comparison:
 
     @property
     def exit_code(self):
-        return 1 if self.lost or any(movement.slid for movement in self.movements) else 0
+        return 1 if self.lost or self.slid_together or any(movement.slid for movement in self.movements) else 0
+
+    @property
+    def slid_together(self):
+        return bool(self.movements) and geometric_mean(movement.normalised for movement in self.movements) < 1 - SLIDE
+
+
+def median_error(samples):
+    """The standard error of the samples' median over the median, as for a normal distribution of their MAD's width."""
+    median = statistics.median(samples)
+    deviation = statistics.median(abs(sample - median) for sample in samples)
+    return 1.4826 * 1.2533 * deviation / math.sqrt(len(samples)) / median
 
 
 def compare(old, new, provider):
@@ -91,7 +107,7 @@ def compare(old, new, provider):
         if was is not None and is_ is None:
             lost.append(point.label())
         elif was is not None:
-            noise = max(was["spread"], is_["spread"], NOISE_FLOOR)
+            noise = max(2 * math.hypot(*(median_error(run["samples_ms"]) for run in (was, is_))), NOISE_FLOOR)
             movements.append(Movement(measure, point, was["median_ms"], is_["median_ms"], noise, by_peers))
     return Comparison(provider, movements, peers, lost, len(before.keys() ^ after.keys()))
 
@@ -132,6 +148,8 @@ def report(comparison):
 
     slid = sum(movement.slid for movement in movements)
     verdict = f"{slid} slid, {len(comparison.lost)} lost" if comparison.exit_code else "nothing slid"
+    if comparison.slid_together:
+        verdict += f", all together slid by more than {SLIDE:.0%}"
     if movements:
         raw = geometric_mean(movement.raw for movement in movements)
         normalised = geometric_mean(movement.normalised for movement in movements)

@@ -79,13 +79,15 @@ class OnlineSoftmax:
         if cutlass.const_expr(self.rescale_from > 0):
             m_new = m_new if (m_new - m_old) * self.scale_log2 > self.rescale_from else m_old
         self.m[r] = m_new
-        self.correction[r] = exp2(m_old * self.scale_log2 - self.shift(r))
+        # a difference first: contracted to an FMA, m_old · scale - m · scale is a rounding error where m stands still, and
+        # then O and l drift by it tile after tile, and are never seen to need no rescaling
+        self.correction[r] = exp2((m_old - self.finite(r)) * self.scale_log2)
         return highest
 
     @cute.jit
     def exponentials(self, S: cute.Tensor, r: cutlass.Constexpr[int]):
         """Row half r of S becomes P, and l takes it in."""
-        s, row, shift = wgmma.flat(S), row_of(S, r), self.shift(r)
+        s, row, shift = wgmma.flat(S), row_of(S, r), self.finite(r) * self.scale_log2
         l_tile = Float32(0.0)
         for i in row:
             p = exp2(s[i] * self.scale_log2 - shift)
@@ -94,10 +96,9 @@ class OnlineSoftmax:
         self.l[r] = self.l[r] * self.correction[r] + l_tile
 
     @cute.jit
-    def shift(self, r: cutlass.Constexpr[int]):
-        """m of a row in powers of 2; 0 for -inf (nothing seen so far), which must not meet itself in a subtraction."""
-        m = Float32(0.0) if self.m[r] == -Float32.inf else self.m[r]
-        return m * self.scale_log2
+    def finite(self, r: cutlass.Constexpr[int]):
+        """m of a row; 0 for -inf (nothing seen so far), which must not meet itself in a subtraction."""
+        return Float32(0.0) if self.m[r] == -Float32.inf else self.m[r]
 
     @cute.jit
     def rescale(self, O: cute.Tensor):
@@ -112,13 +113,15 @@ class OnlineSoftmax:
     @cute.jit
     def finish(self, O: cute.Tensor):
         """O is normalised; m becomes the log-sum-exp of each row (natural log). Empty rows: zeros, and -inf."""
+        o = wgmma.flat(O)
         for r in cutlass.range_constexpr(2):
             l = quad_sum(self.l[r])
             empty = l == 0.0
-            self.correction[r] = Float32(0.0) if empty else cute.arch.rcp_approx(l)
             lse = self.m[r] * (self.scale_log2 * LN_2) + cute.math.log(l, fastmath=True)
             self.m[r] = -Float32.inf if empty else lse
-        scale_rows(O, self.correction)
+            inverse = cute.arch.rcp_approx(l)
+            for i in row_of(O, r):
+                o[i] = Float32(0.0) if empty else o[i] * inverse  # not · 0: a masked V may have left NaN
 
 
 @cute.jit

@@ -15,11 +15,6 @@ def transposed(tensor):
     return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=[1, 0, 2]))
 
 
-def stage_tensor(storage, layout):
-    """Shared memory as a tensor of that layout, the swizzle in its pointer."""
-    return storage.get_tensor(layout.outer, swizzle=layout.inner)
-
-
 def tma_load(tensor, layout, rows, columns):
     """(atom, coordinate tensor): loads (rows, columns) of the first two modes of a global tensor into one stage."""
     return cpasync.make_tiled_tma_atom(

@@ -35,3 +35,11 @@ def test_requires_grad_is_fine_where_no_grad_is_taken(mode):
 
 def test_there_are_enough_cases_and_each_has_its_own_name():
     assert len({c.name for c in CASES}) == len(CASES) >= 24
+
+
+@pytest.mark.parametrize("make", [lambda t: t.to_sparse(), lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged)])
+def test_tensors_that_are_not_dense_are_refused(make):
+    q = torch.randn(2, 8, 2, 64).bfloat16()
+    for argument in "qkv":
+        with pytest.raises(ValueError, match=rf"^{argument} must be a dense"):
+            flash_attn_func(**(dict(q=q, k=q, v=q) | {argument: make(q)}))

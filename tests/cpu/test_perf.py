@@ -561,10 +561,21 @@ def test_noise_is_no_slide_but_is_mentioned(tmp_path, capsys):
     point = suites.PAPER[3]
     new = a_run(speeds={"fa3": only(point, 0.95), "fa4": 560, "cudnn": 500})
     noisy = copy.deepcopy(new)
-    noisy["records"][3]["results"]["fa3"]["spread"] = 0.08
+    measured = noisy["records"][3]["results"]["fa3"]
+    measured["samples_ms"] = [measured["median_ms"] * factor for factor in (0.9, 0.94, 1.0, 1.06, 1.1)]
     assert compared(tmp_path, capsys, a_run(), new)[0] == 1
     code, printed = compared(tmp_path, capsys, a_run(), noisy)
     assert code == 0 and "within noise: measure again" in printed and point.label() in printed
+
+
+def test_many_small_slides_are_one(tmp_path, capsys):
+    old, new = a_run(), a_run(speeds={"fa3": 582, "fa4": 560, "cudnn": 500})  # 3 % slower everywhere, each within noise
+    for run in (old, new):
+        for record in run["records"]:
+            measured = record["results"]["fa3"]
+            measured["samples_ms"] = [measured["median_ms"] * factor for factor in (0.92, 0.95, 1.0, 1.05, 1.08)]
+    code, printed = compared(tmp_path, capsys, old, new)
+    assert code == 1 and "0 slid" in printed and "all together slid" in printed
 
 
 def test_a_point_that_no_longer_runs_is_lost(tmp_path, capsys):

@@ -5,6 +5,7 @@ A kernel is right when its largest error is at most twice that of plain PyTorch 
 """
 
 import contextlib
+import math
 import random
 
 import pytest
@@ -411,6 +412,36 @@ def test_keys_of_score_minus_infinity_drop_out(d, causal):
     q[..., 0] = q[..., 0].abs() + 0.1
     k[:, 250:, :, 0] = -INF
     check(q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_blind_tiles_between_seeing_ones(d):
+    """Causal with more queries than keys, in more head groups than one: a CTA goes from tiles that see nothing to others."""
+    for batch, seqlen_q, seqlen_k in ((8, 2048, 1024), (4, 4096, 1024), (1, 8192, 4096)):
+        q, k, v = inputs(batch, seqlen_q, seqlen_k, 16, 16, d)
+        for _ in range(3):
+            check(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("d, level, keys", [(128, 3.0, 131072), (128, 7.0, 131072), (256, 4.25, 32768), (128, 8.75, 8192)])
+def test_equal_scores_add_up(d, level, keys):
+    """All scores equal: the maximum never moves, and nothing may drift over the tiles. O is the mean of V."""
+    q = torch.full((1, 128, 1, d), level, device="cuda", dtype=BF16)
+    k = torch.full((1, keys, 1, d), level, device="cuda", dtype=BF16)
+    v = torch.ones_like(k)
+    v[:, keys // 2 :] = -1
+    out, lse = call(q, k, v)
+    truth = d**0.5 * level**2 + math.log(keys)
+    assert (lse - truth).abs().max() < LSE_TOLERANCE * max(1, abs(truth) / 1000)
+    assert out.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("value", [NAN, INF], ids=["NaN", "inf"])
+def test_rows_that_see_nothing_stay_zero_beside_a_bad_v(value):
+    q, k, v = inputs(1, 160, 100, 2, 2, 128)
+    v[:, 99] = value  # in the tile that the seeing rows share with the blind ones
+    out, lse = call(q, k, v, causal=True)
+    assert (out[:, :60] == 0).all() and (lse[:, :, :60] == -INF).all()
 
 
 @dtypes

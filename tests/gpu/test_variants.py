@@ -1,0 +1,56 @@
+"""Configs that planning doesn't choose: each field of ForwardConfig that can be switched gives a right kernel."""
+
+import math
+
+import pytest
+
+from fa3.attention import Launch
+from fa3.kernels.configs import ForwardConfig
+from fa3.plan import Plan
+from fa3.problem import Problem
+from tests.gpu.test_forward import faults, inputs, poisoned_memory
+
+VARIANTS = {
+    "single": dict(scheduler="single"),
+    "persistent": dict(scheduler="persistent"),
+    "no overlap": dict(overlap=False),
+    "no pingpong": dict(pingpong=False),
+    "neither": dict(overlap=False, pingpong=False),
+    "one stage": dict(overlap=False, stages=1),
+    "one warpgroup": dict(tile_m=64, pingpong=False),
+    "tile_n 64": dict(tile_n=64),
+    "tile_n 176": dict(tile_n=176),
+    "Q in registers": dict(q_in_registers=True),
+    "Q in registers, persistent": dict(q_in_registers=True, scheduler="persistent"),
+    "rescale always": dict(rescale_from=0.0),
+    "four chains": dict(max_chains=4),
+    "late release": dict(late_release=True, rescale_from=0.0),
+    "d 64, three warpgroups, single": dict(head_dim=64, tile_m=192, scheduler="single"),
+    "d 64, three warpgroups, no pingpong": dict(head_dim=64, tile_m=192, pingpong=False),
+    "d 64, late release": dict(head_dim=64, tile_m=192, late_release=True),
+    "d 256, single": dict(head_dim=256, tile_n=80, scheduler="single"),
+    "d 256, no overlap": dict(head_dim=256, tile_n=64, overlap=False),
+}
+LENGTHS = [(1, 1), (113, 203), (799, 300), (1023, 1024), (1500, 700)]
+
+
+def run(config, q, k, v, causal, head_group, ctas):
+    """(O, LSE) of a kernel whose config and launch are chosen by hand."""
+    batch, seqlen_q, heads, d = q.shape
+    problem = Problem("bf16", batch, seqlen_q, k.shape[1], heads, k.shape[2], d, causal, 1 / math.sqrt(d), True, 0)
+    launch = Launch(problem, Plan(config, head_group, ctas, problem.softmax_scale), [None, None, None])
+    with poisoned_memory():
+        return launch(q, k, v)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant(name, causal):
+    config = ForwardConfig(mask="causal" if causal else "none", **VARIANTS[name])
+    found = []
+    for seqlen_q, seqlen_k in LENGTHS:
+        q, k, v = inputs(3, seqlen_q, seqlen_k, 6, 2, config.head_dim)
+        for head_group, ctas in ((1, 1), (5, 7), (18, 132)):
+            out, lse = run(config, q, k, v, causal, head_group, ctas)
+            found += [f"{(seqlen_q, seqlen_k)} groups of {head_group}, {ctas} CTAs: {x}" for x in faults(out, lse, q, k, v, causal)]
+    assert not found, "\n".join(found)
