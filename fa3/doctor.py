@@ -1,6 +1,5 @@
 """python -m fa3 doctor: what is here, what is missing, and the command that mends it."""
 
-import hashlib
 import importlib
 import json
 import os
@@ -117,8 +116,7 @@ def torch_here(driver):
         return Finding("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
     if driver is None:
         return Finding("torch", f"{torch.__version__}, built without CUDA: CPU tensors only")
-    build = "cu130" if int(driver.split(".")[0]) >= CU13_DRIVER else "cu126"
-    mend = f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{build}"
+    mend = "pip install --force-reinstall torch"  # PyPI's Linux builds have CUDA
     return Finding("torch", f"{torch.__version__}, built without CUDA, beside driver {driver}", "missing", mend)
 
 
@@ -190,7 +188,7 @@ def cache():
         text = f"{len(files) - there} kernels of other versions or of configs built by hand; they are never read by mistake"
         found.append(Finding("other kernels", text, "note", f"rm -r '{directory}' drops them all"))
     for path in files:
-        if damaged(path):
+        if not jit.intact(path.read_bytes()):
             found.append(Finding("damaged kernel", f"{path}; it is dropped and rebuilt when it is needed", "note", f"rm '{path}'"))
     return found
 
@@ -199,13 +197,3 @@ def writable(directory):
     """Whether files can be made in a directory, which need not exist yet. Root may write everywhere, but not below a file."""
     nearest = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-
-
-def damaged(path):
-    """Whether a cached kernel isn't what was written: cut off, or of something else (fa3/jit.py has the format)."""
-    from . import jit
-
-    content = path.read_bytes()
-    end = len(content) - len(jit.MARK)
-    body, digest, mark = content[: end - jit.DIGEST], content[end - jit.DIGEST : end], content[end:]
-    return mark != jit.MARK or hashlib.sha256(body).digest() != digest

@@ -152,8 +152,7 @@ def _load(path):
         content = path.read_bytes()
     except OSError:
         return None
-    body, digest, mark = content[: -DIGEST - len(MARK)], content[-DIGEST - len(MARK) : -len(MARK)], content[-len(MARK) :]
-    if mark != MARK or hashlib.sha256(body).digest() != digest:
+    if not intact(content):
         warnings.warn(f"fa3 dropped the damaged cache file {path}; the kernel is compiled again", stacklevel=2)
         path.unlink(missing_ok=True)
         return None
@@ -161,6 +160,13 @@ def _load(path):
     kernel = getattr(load_module(str(path), enable_tvm_ffi=True), SYMBOL)
     _stats["disk_hits"] += 1
     return kernel
+
+
+def intact(content):
+    """Whether a cache file's content is what _save wrote: not cut off, and not something else."""
+    end = len(content) - len(MARK)
+    body, digest, mark = content[: end - DIGEST], content[end - DIGEST : end], content[end:]
+    return mark == MARK and hashlib.sha256(body).digest() == digest
 
 
 def _save(kernel, path):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .hopper import CAPABILITY
+
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 HEAD_DIMS = (64, 128, 256)
 LARGEST_FP32 = torch.finfo(torch.float32).max
@@ -125,7 +127,7 @@ def check_sm_margin(sm_margin, device):
 
 def check_device(device):
     major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
+    if (major, minor) != CAPABILITY:
         raise NotImplementedError(
             f"q is on {device}, {torch.cuda.get_device_name(device)} of compute capability {major}.{minor}; "
             f"the kernels need a Hopper GPU, compute capability 9.0 (H100, H200, GH200)"

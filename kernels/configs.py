@@ -81,6 +81,8 @@ class ForwardConfig:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
         if self.overlap and self.stages < 2:
             raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
+        if self.late_release and not self.overlap:
+            raise ConfigError("late_release places a wait of the overlapped mainloop and needs overlap=True, got False")
         if self.pingpong and self.consumer_warpgroups < 2:
             raise ConfigError(f"pingpong needs two consumer warpgroups, got tile_m={self.tile_m} (one)")
         if self.shared_memory > SHARED_MEMORY_LIMIT:

@@ -8,16 +8,17 @@ import itertools
 import json
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import torch
 
 from fa3 import jit
+from fa3.attention import device_of
 from fa3.kernels.configs import ConfigError, ForwardConfig
-from fa3.plan import Device, head_group
+from fa3.parallel import map_configs
+from fa3.plan import head_group
 from fa3.problem import Problem
+from fa3.timing import burst, torch_sdpa
 
 
 @dataclass(frozen=True)
@@ -54,33 +55,18 @@ def parse(text, head_dim, mask, dtype):
 
 
 def compile_one(config):
-    try:
-        jit.get(config)
-    except Exception as error:  # a variant that doesn't compile is a result too
-        return f"{config}: {error}"
+    jit.get(config)  # into the disk cache; a kernel can't be sent back
 
 
 def launch(variant, q, k, v, out, causal):
     b, s, h, d = q.shape
     problem = Problem(variant.config.dtype, b, s, k.shape[1], h, k.shape[2], d, causal, d**-0.5, False, 0)
-    properties = torch.cuda.get_device_properties(0)
-    device = Device(properties.multi_processor_count, properties.L2_cache_size)
+    device = device_of(q.device)
     group = {"l2": lambda: head_group(problem, device), "all": lambda: h * b}.get(variant.heads, lambda: variant.heads)()
     tiles = -(-s // variant.config.tile_m) * h * b
     kernel, scale = jit.get(variant.config), d**-0.5
     counter = torch.zeros(2, dtype=torch.int32, device="cuda") if variant.config.scheduler == "dynamic" else None
     return lambda: kernel(q, k, v, out, None, scale, group, min(device.sms, tiles), counter)
-
-
-def burst(run, n, cool=0.0):
-    time.sleep(cool)
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(n):
-        run()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / n
 
 
 def main():
@@ -101,9 +87,9 @@ def main():
         groups.setdefault((int(head_dim), mask), []).extend(parse(variants, int(head_dim), mask, args.dtype))
     configs = {v.config for variants in groups.values() for v in variants}
     t = time.time()
-    with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
-        for failure in filter(None, pool.map(compile_one, configs)):
-            print("FAILED", failure)
+    for config, error in map_configs(compile_one, configs, "compiling"):
+        if isinstance(error, Exception):  # a variant that doesn't compile is a result too
+            print("FAILED", config, error)
     print(f"{len(configs)} configs compiled in {time.time() - t:.0f} s", flush=True)
     if args.fa4:
         from flash_attn.cute import flash_attn_func as fa4
@@ -115,7 +101,7 @@ def main():
         for s in seqlens:
             b, h = max(1, 16384 // s), 2048 // d
             q, k, v = (torch.randn(b, s, h, d, device="cuda", dtype=dtype) for _ in range(3))
-            truth = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
+            truth = torch_sdpa(q, k, v, causal)().transpose(1, 2)
             runs, wrong = {}, set()
             for variant in variants:
                 out = torch.full_like(q, float("nan"))
@@ -139,7 +125,8 @@ def main():
             names = list(runs)
             for r in range(args.rounds):
                 for name in names[r % len(names) :] + names[: r % len(names)]:
-                    times[name].append(burst(runs[name], counts[name], args.cool))
+                    time.sleep(args.cool)
+                    times[name].append(burst(runs[name], counts[name]))
             for name, samples in times.items():
                 rate = flops / statistics.median(samples) / 1e9
                 table.setdefault(name, []).append(f"{rate:5.0f}" + ("!" if name in wrong else " "))

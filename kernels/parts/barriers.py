@@ -6,12 +6,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, pipeline
 
+from ..configs import WARPGROUP
+
 # Named barriers; 0 is __syncthreads. Warpgroup w uses base + w.
 EPILOGUE_BARRIER = 1
 TURN_BARRIER = 4
 WARP = 32
-NO_NAN = -0x2153  # 0xffffdead
-WARPGROUP = 128
+UNMADE_NAN = -0x2153  # 0xffffdead as an int: no instruction makes this NaN, they all make 0x7fffffff
 
 
 def tma_ring(mbarriers, stages, bytes_a_stage, consumer_warps):
@@ -49,10 +50,8 @@ def consuming(stages):
 
 @cute.jit
 def release_after(ring, at, value: cute.Tensor):
-    """consumer_release that can't be moved up before value[0] is computed: its predicate looks at the value, for a NaN that
-    no instruction makes.
-    """
-    if ring.is_signaling_thread or cute.recast_tensor(value, Int32)[0] == NO_NAN:
+    """consumer_release that can't be moved up before value[0] is computed: its predicate looks at the value, in vain."""
+    if ring.is_signaling_thread or cute.recast_tensor(value, Int32)[0] == UNMADE_NAN:
         cute.arch.mbarrier_arrive(ring.consumer_get_barrier(at))
 
 

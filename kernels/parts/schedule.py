@@ -116,4 +116,3 @@ class Schedule:
                 if done == cute.arch.grid_dim()[0] - 1:
                     self.counter[0] = Int32(0)
                     self.counter[1] = Int32(0)
-

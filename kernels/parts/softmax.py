@@ -1,10 +1,10 @@
-"""Online softmax of one warpgroup's 64 rows (paper, section 2.2; Milakov and Gimelshein, arXiv 1805.02867).
+"""Online softmax of one warpgroup's 64 rows (paper, section 2.3; Milakov and Gimelshein, arXiv 1805.02867).
 
 Each thread holds two rows' share: m, the running maximum of the raw scores, and l, the running sum of exponentials over
 this thread's columns only; the four lanes of a row add their shares once, at the end.
 
 m follows the true maximum only when that has risen by more than a factor of 2**rescale_from since (FlashAttention-4,
-arXiv 2603.05451, section 3.2): O and l stay as they are, P grows to 2**rescale_from at most, and the division by l at
+arXiv 2603.05451): O and l stay as they are, P grows to 2**rescale_from at most, and the division by l at
 the end makes it exact. So O is rescaled on the first few tiles of a row and hardly ever after.
 """
 
