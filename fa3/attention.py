@@ -213,7 +213,9 @@ class Launch:
         else:
             self.q_factor = -1.0 if problem.softmax_scale < 0 else None
         self.arguments = (scale, plan.head_group, plan.ctas)
-        self.counted = plan.config.scheduler == "dynamic"
+        self.counter = no_counter
+        if plan.config.scheduler == "dynamic":
+            self.counter = counter_for if plan.counted else untouched_counter
 
     def __call__(self, q, k, v):
         if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
@@ -224,7 +226,7 @@ class Launch:
         if self.q_factor is not None:
             q = q * self.q_factor
         out = torch.empty(self.out_shape, dtype=q.dtype, device=q.device)
-        counter = counter_for(q.device) if self.counted else None
+        counter = self.counter(q.device)
         if self.lse_shape is None:
             self.kernel(q, k, v, out, None, *self.arguments, counter)
             return out
@@ -259,6 +261,17 @@ def counter_for(device):
     if counter is None:
         counter = COUNTERS[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
     return counter
+
+
+@lru_cache
+def untouched_counter(device):
+    """What a dynamic schedule gets that will not count: a launch needs some tensor, and this one costs a graph no node."""
+    return torch.empty(2, dtype=torch.int32, device=device)
+
+
+def no_counter(device):
+    """What the other schedules get."""
+    return None
 
 
 @lru_cache

@@ -33,7 +33,13 @@ class Plan:
     config: ForwardConfig
     head_group: int
     ctas: int
+    tiles: int
     softmax_scale: float
+
+    @property
+    def counted(self):
+        """Whether CTAs claim tiles through a counter: not where every tile is some CTA's first."""
+        return self.config.scheduler == "dynamic" and self.tiles > self.ctas
 
     def __str__(self):
         return f"{self.config} head_group={self.head_group} ctas={self.ctas}"
@@ -50,6 +56,7 @@ def plan_forward(problem: Problem, device: Device) -> Plan:
         config=config,
         head_group=head_group(problem, device),
         ctas=min(device.sms - problem.sm_margin, tiles),
+        tiles=tiles,
         softmax_scale=problem.softmax_scale,
     )
 

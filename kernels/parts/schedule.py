@@ -48,6 +48,7 @@ class Schedule:
 
     ring, slot: dynamic only; the barriers and the shared-memory word through which a claimed position travels.
     counter: dynamic only; in global memory, the positions claimed so far and the CTAs that are done, both zero at launch.
+        Not touched where every tile is some CTA's first (Plan.counted).
     """
 
     kind: Constexpr[str]
@@ -74,8 +75,9 @@ class Schedule:
         """Producer warp: the position after this one."""
         if cutlass.const_expr(self.kind == "dynamic"):
             claimed = Int32(0)
-            if cute.arch.lane_idx() == 0:
-                claimed = cute.arch.atomic_add(self.counter.iterator, Int32(1), sem="relaxed", scope="gpu")
+            if self.tiles.length() > cute.arch.grid_dim()[0]:
+                if cute.arch.lane_idx() == 0:
+                    claimed = cute.arch.atomic_add(self.counter.iterator, Int32(1), sem="relaxed", scope="gpu")
             following = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(claimed, 0)
         else:
             following = self.following(position)
@@ -110,7 +112,7 @@ class Schedule:
     def finish(self):
         """Producer warp, at the end: the last CTA to get here leaves the counter as it found it, zero."""
         if cutlass.const_expr(self.kind == "dynamic"):
-            if cute.arch.lane_idx() == 0:
+            if self.tiles.length() > cute.arch.grid_dim()[0] and cute.arch.lane_idx() == 0:
                 cute.arch.fence_acq_rel_gpu()
                 done = cute.arch.atomic_add(self.counter.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
                 if done == cute.arch.grid_dim()[0] - 1:

@@ -38,7 +38,8 @@ def run(config, q, k, v, causal, head_group, ctas):
     """(O, LSE) of a kernel whose config and launch are chosen by hand."""
     batch, seqlen_q, heads, d = q.shape
     problem = Problem("bf16", batch, seqlen_q, k.shape[1], heads, k.shape[2], d, causal, 1 / math.sqrt(d), True, 0)
-    launch = Launch(problem, Plan(config, head_group, ctas, problem.softmax_scale), [None, None, None])
+    tiles = -(-seqlen_q // config.tile_m) * heads * batch
+    launch = Launch(problem, Plan(config, head_group, ctas, tiles, problem.softmax_scale), [None, None, None])
     with poisoned_memory():
         return launch(q, k, v)
 
