@@ -46,7 +46,7 @@ def parser():
     run.add_argument("--seqlen", type=integers, metavar="S,...", help="only these lengths of q")
     run.add_argument("--rounds", type=count, default=5, metavar="N", help="rounds at each point; default: 5")
     run.add_argument("--out", metavar="FILE", help="default: perf/results/DATE-SUITE-DIRECTION-GPU.json; nothing is overwritten")
-    run.add_argument("--commit", metavar="HASH", help="the commit measured, where the tree was copied without its git history")
+    run.add_argument("--commit", metavar="HASH", help="the commit measured, where the tree was copied")
 
     show = commands.add_parser("show", help="print a result file's table")
     show.add_argument("file")

@@ -113,12 +113,12 @@ def versions(providers):
 
 
 def source(commit=None):
-    """Which source this is. `commit` is used where the tree was copied without its git history."""
-    entry = {"commit": git("rev-parse", "HEAD"), "dirty": None, "fingerprint": fingerprint(ROOT / "kernels", ROOT / "fa3")}
-    if entry["commit"] is not None:
-        entry["dirty"] = bool(git("status", "--porcelain", "--", ".", ":!perf/results"))
-    elif commit is not None:
-        entry["commit"] = commit
+    """Which source this is. `commit`, where given, is believed: a copy's own git history may be another's, or none."""
+    entry = {"commit": commit, "dirty": None, "fingerprint": fingerprint(ROOT / "kernels", ROOT / "fa3")}
+    if commit is None:
+        entry["commit"] = git("rev-parse", "HEAD")
+        if entry["commit"] is not None:
+            entry["dirty"] = bool(git("status", "--porcelain", "--", ".", ":!perf/results"))
     return entry
 
 

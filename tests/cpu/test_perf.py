@@ -737,3 +737,9 @@ def test_run_from_end_to_end(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(peers.PROVIDERS, "fa3", absent)
     assert main(["run", "--providers", "fa4", "--out", str(tmp_path / "none.json")]) == 2
     assert "none of the requested providers" in capsys.readouterr().err
+
+
+def test_a_given_commit_is_believed_over_the_copys_own_history(monkeypatch):
+    monkeypatch.setattr(results, "git", lambda *arguments: "history" if arguments[0] == "rev-parse" else " M file")
+    assert results.source("given") == {**results.source("given"), "commit": "given", "dirty": None}
+    assert results.source() == {**results.source(), "commit": "history", "dirty": True}
