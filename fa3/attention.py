@@ -3,12 +3,12 @@
 from functools import lru_cache
 
 import torch
+from torch.autograd import forward_ad
 
 from . import jit, reference
 from .plan import Device, plan_forward
 from .problem import Problem, check_address, refuse_grad
 
-SMALLEST_FP32 = torch.finfo(torch.float32).tiny
 CALLS_REMEMBERED = 4096  # distinct (shapes, strides, options) whose validation and plan are kept
 
 
@@ -38,8 +38,8 @@ def flash_attn_func(
             strides free but multiples of 16 bytes. CUDA tensors need a Hopper GPU; CPU tensors run the reference.
         k, v: (batch, seqlen_k, heads_kv, head_dim), q's dtype and device. heads must be a multiple of heads_kv: query
             head h reads head h // (heads // heads_kv) (grouped-query and multi-query attention).
-        softmax_scale: factor of the scores before the softmax, any number that fp32 holds (one below its smallest normal
-            number counts as 0); None means head_dim ** -0.5.
+        softmax_scale: factor of the scores before the softmax, at most 2 ** 127 in magnitude (below fp32's smallest normal
+            number it counts as 0); None means head_dim ** -0.5.
         causal: query i sees keys up to i + seqlen_k - seqlen_q (aligned to the bottom right).
         sm_margin: SMs to leave to other kernels.
         return_attn_probs: also return the log-sum-exp of each row.
@@ -48,7 +48,8 @@ def flash_attn_func(
 
     Returns:
         out like q, contiguous; with return_attn_probs, (out, lse), lse (batch, heads, seqlen_q) fp32, natural log.
-        A row that sees no key is zeros in out and -inf in lse.
+        A row that sees no key, or whose scores are all -inf, is zeros in out and -inf in lse. Scaled scores of more than 1e8
+        in magnitude are past what fp32 resolves: such rows may come out as anything.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, layout or value, by name.
@@ -62,12 +63,12 @@ def flash_attn_func(
     try:
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            q.device, k.device, v.device, options, *map(type, options),
+            q.device, k.device, v.device, q.is_neg() or k.is_neg() or v.is_neg(), options, *map(type, options),
         )  # fmt: skip
         call = CALLS.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no strided tensors, or unhashable: the validation says which
         key = call = None
-    if call is None or torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if call is None or carry_derivatives(q, k, v):
         problem = Problem.of(
             q,
             k,
@@ -95,6 +96,12 @@ def flash_attn_func(
                 CALLS.clear()
             CALLS[key] = call
     return call(q, k, v)
+
+
+def carry_derivatives(q, k, v):
+    """Whether derivatives may be asked for, backward or (tangents, which a key can't show) in forward mode."""
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return backward or getattr(forward_ad, "_current_level", 0) >= 0  # 0 where torch has renamed it: slower, not wrong
 
 
 def flash_attn_qkvpacked_func(
@@ -195,7 +202,7 @@ def run_reference(problem, q, k, v):
 def nothing_to_attend(problem, q):
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse_shape = (problem.batch, problem.heads, problem.seqlen_q)
-    return (out, torch.full(lse_shape, float("-inf"), device=q.device)) if problem.lse else out
+    return (out, torch.full(lse_shape, float("-inf"), dtype=torch.float32, device=q.device)) if problem.lse else out
 
 
 class Launch:
@@ -208,7 +215,7 @@ class Launch:
         self.lse_shape = (problem.batch, problem.heads, problem.seqlen_q) if problem.lse else None
         # exp(s · scale) is taken against the largest s, so the kernel wants a positive scale: its sign, or 0, goes into q
         scale = abs(problem.softmax_scale)
-        if scale < SMALLEST_FP32:
+        if scale == 0.0:
             self.q_factor, scale = 0.0, 1.0
         else:
             self.q_factor = -1.0 if problem.softmax_scale < 0 else None
@@ -218,7 +225,8 @@ class Launch:
             self.counter = counter_for if plan.counted else untouched_counter
 
     def __call__(self, q, k, v):
-        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        if (at_q | at_k | at_v) & 15 or not (at_q and at_k and at_v):
             for name, t in (("q", q), ("k", k), ("v", v)):
                 check_address(name, t)
         if self.strides is not None:
@@ -250,7 +258,8 @@ def counter_for(device):
 
     Launches on one stream follow each other, so they share a counter. A CUDA graph may be replayed beside any stream, and
     the id of a stream that isn't torch's (an even one, but for the default stream's 0; torch's c10/cuda/CUDAStream.cpp) may
-    stand for several or come back for another one: those calls get a counter of their own.
+    stand for several or come back for another one: those calls get a counter of their own, from torch's allocator. (Threads
+    on per-thread default streams share one id, by which that allocator reuses memory: no torch allocation is safe there.)
     """
     stream = torch.cuda.current_stream(device).stream_id
     with torch.cuda.device(device):

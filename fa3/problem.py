@@ -1,14 +1,17 @@
 """Problem: one validated description of a call. Every argument error of the library is raised here."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
+from torch.autograd import forward_ad
 
 from .hopper import CAPABILITY
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 HEAD_DIMS = (64, 128, 256)
-LARGEST_FP32 = torch.finfo(torch.float32).max
+LARGEST_SCALE = 2.0**127  # times log2(e), which is what a kernel gets, it is finite in fp32
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # kernels flush what is smaller
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Problem:
             causal=causal,
             softmax_scale=checked_scale(softmax_scale, q.shape[3]),
             lse=lse,
-            sm_margin=sm_margin,
+            sm_margin=int(sm_margin),
         )
 
 
@@ -86,6 +89,8 @@ def check_tensors(tensors):
 
 
 def refuse_grad(name, t):
+    if forward_ad.unpack_dual(t).tangent is not None:
+        raise NotImplementedError(f"{name} carries a forward-mode tangent, which is not supported: pass {name}.detach()")
     if t.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             f"{name} requires_grad, and the backward pass does not exist yet: "
@@ -117,7 +122,7 @@ def check_off(name, value, off):
 
 
 def check_sm_margin(sm_margin, device):
-    if not isinstance(sm_margin, int) or isinstance(sm_margin, bool):
+    if not isinstance(sm_margin, Integral) or isinstance(sm_margin, bool):
         raise TypeError(f"sm_margin must be an int, got {sm_margin!r}")
     limit = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
     if sm_margin < 0 or (limit is not None and sm_margin >= limit):
@@ -138,6 +143,8 @@ def check_memory(name, t):
     """What TMA asks of a tensor: unit stride in head_dim, every other stride and the address on 16 bytes."""
     if 0 in t.shape:
         return
+    if t.is_neg():
+        raise ValueError(f"{name} must not be a lazily negated view (torch.Tensor.is_neg): pass {name}.resolve_neg()")
     if t.stride(3) != 1:
         raise ValueError(f"{name}'s last dimension must be contiguous (stride 1), got strides {t.stride()}")
     if any(size > 1 and stride * t.element_size() % 16 for size, stride in zip(t.shape[:3], t.stride())):
@@ -146,6 +153,8 @@ def check_memory(name, t):
 
 
 def check_address(name, t):
+    if t.data_ptr() == 0:  # a fake or functional tensor, or a storage that was resized to nothing
+        raise ValueError(f"{name} must have memory for its {t.numel()} elements, got a {type(t).__name__} at address 0")
     if t.data_ptr() % 16:
         raise ValueError(f"{name}'s storage must start on 16 bytes, got address {t.data_ptr():#x}: clone it")
 
@@ -153,9 +162,8 @@ def check_address(name, t):
 def checked_scale(softmax_scale, head_dim):
     if softmax_scale is None:
         return head_dim**-0.5
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, Real):
         raise TypeError(f"softmax_scale must be a number or None, got {softmax_scale!r}")
-    if not -LARGEST_FP32 <= softmax_scale <= LARGEST_FP32:  # NaN is not either
-        allowed = f"from {-LARGEST_FP32:.3g} to {LARGEST_FP32:.3g}"
-        raise ValueError(f"softmax_scale must be finite in fp32, {allowed}, got {softmax_scale!r}")
-    return float(softmax_scale)
+    if not -LARGEST_SCALE <= softmax_scale <= LARGEST_SCALE:  # NaN is not either
+        raise ValueError(f"softmax_scale must be finite, from {-LARGEST_SCALE:.3g} to {LARGEST_SCALE:.3g}, got {softmax_scale!r}")
+    return 0.0 if abs(softmax_scale) < SMALLEST_SCALE else float(softmax_scale)

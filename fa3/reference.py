@@ -21,21 +21,25 @@ def attention(q, k, v, *, softmax_scale=None, causal=False, dtype=torch.float32,
     out_dtype: dtype of O, q's own by default.
 
     Returns O, (batch, seqlen_q, heads, d_v), and the LSE, fp32 (batch, heads, seqlen_q): the natural logarithm of the
-    row's sum of exponentials of scaled scores. A row that sees no key has O = 0 and LSE = -inf.
+    row's sum of exponentials of scaled scores. A row that sees no key, or only scores of -inf, has O = 0 and LSE = -inf.
     NaN and infinity spread as the formula spreads them: a hidden key counts as 0 · V, which is NaN where V isn't finite.
-    Differentiable by autograd. Shapes that don't fit raise torch's RuntimeError; fa3.problem is what checks a call.
+    Differentiable by autograd; autocast doesn't reach inside. Shapes that don't fit raise torch's RuntimeError; fa3.problem is what checks a call.
     """
+    with torch.autocast(q.device.type, enabled=False):
+        return _attention(q, k, v, softmax_scale, causal, dtype, out_dtype or q.dtype)
+
+
+def _attention(q, k, v, softmax_scale, causal, dtype, out_dtype):
     batch, seqlen_q, heads, d = q.shape
     seqlen_k, heads_kv, d_v = v.shape[1:]
     group = heads // heads_kv
     scale = d**-0.5 if softmax_scale is None else softmax_scale
-    out_dtype = out_dtype or q.dtype
     K = k.to(dtype).permute(0, 2, 3, 1)
     V = v.to(dtype).transpose(1, 2)
 
     blind = seqlen_q if seqlen_k == 0 else max(0, seqlen_q - seqlen_k) if causal else 0  # first rows, which see nothing
     O = [torch.zeros(batch, blind, heads, d_v, dtype=out_dtype, device=q.device)]
-    lse = [torch.full((batch, heads, blind), float("-inf"), device=q.device)]
+    lse = [torch.full((batch, heads, blind), float("-inf"), dtype=torch.float32, device=q.device)]
     step = max(1, SCORES_AT_ONCE // max(1, batch * heads * seqlen_k))
     for start in range(blind, seqlen_q, step):
         rows = min(step, seqlen_q - start)
@@ -44,8 +48,10 @@ def attention(q, k, v, *, softmax_scale=None, causal=False, dtype=torch.float32,
         S = (Q @ K * scale).view(batch, heads, rows, seqlen_k)
         if causal:
             S = S.masked_fill(_hidden(start, rows, seqlen_q, seqlen_k, q.device), float("-inf"))
-        P = torch.softmax(S, dim=-1)
-        O.append((P.view(batch, heads_kv, group * rows, seqlen_k) @ V).view(batch, heads, rows, d_v).transpose(1, 2))
+        nothing = S.amax(dim=-1, keepdim=True) == float("-inf")
+        P = torch.softmax(S.masked_fill(nothing, 0), dim=-1)
+        PV = (P.view(batch, heads_kv, group * rows, seqlen_k) @ V).view(batch, heads, rows, d_v)
+        O.append(PV.masked_fill(nothing, 0).transpose(1, 2))
         lse.append(torch.logsumexp(S, dim=-1))
     return torch.cat([o.to(out_dtype) for o in O], dim=1), torch.cat([x.float() for x in lse], dim=2)
 

@@ -1,10 +1,13 @@
 """The public functions on CPU tensors: values, LSE, dtypes, layouts and defaults, with the semantics of the kernels."""
 
 import inspect
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import fa3
 from fa3 import flash_attn_func, flash_attn_qkvpacked_func
@@ -119,3 +122,54 @@ def test_signatures_are_flash_attention_3s():
         + [("deterministic", False), ("num_heads_q", None), ("sm_margin", 0), ("return_attn_probs", False)]
     )  # fmt: skip
     assert {"flash_attn_func", "flash_attn_qkvpacked_func"} <= set(fa3.__all__)
+
+
+def test_lse_is_fp32_whatever_torchs_default_dtype():
+    q, k = normal(1, 4, 2, 64), normal(1, 0, 2, 64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for keys in (k, q):
+            assert flash_attn_func(q, keys, keys, causal=True, return_attn_probs=True)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_autocast_changes_nothing():
+    q, k, v = (normal(2, 40, 4, 64) for _ in range(3))
+    want = flash_attn_func(q, k, v, return_attn_probs=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = flash_attn_func(q, k, v, return_attn_probs=True)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_rows_with_only_infinitely_low_scores(causal):
+    """As the kernels have it: zeros and -inf, and no NaN."""
+    q, k, v = torch.ones(1, 6, 2, 64).half(), normal(1, 9, 1, 64, torch.float16), normal(1, 9, 1, 64, torch.float16)
+    k[:, :, :, 0] = float("-inf")
+    out, lse = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
+    assert (out == 0).all() and (lse == float("-inf")).all()
+    k[:, 2, :, 0] = 0  # the one key with a score, which every row sees
+    out, lse = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
+    torch.testing.assert_close(out, v[:, 2:3].expand_as(out))
+    assert lse.isfinite().all()
+
+
+def test_numbers_that_are_not_pythons():
+    q = normal(1, 5, 2, 64)
+    want = flash_attn_func(q, q, q, softmax_scale=0.125)
+    for scale in (np.float32(0.125), np.float64(0.125), Fraction(1, 8)):
+        assert torch.equal(flash_attn_func(q, q, q, softmax_scale=scale, sm_margin=np.int64(0)), want)
+    zero = flash_attn_func(q, q, q, softmax_scale=0.0)
+    assert torch.equal(flash_attn_func(q * 2.0**100, q, q, softmax_scale=1e-39), zero)
+
+
+def test_tangents_are_refused():
+    q = normal(1, 5, 2, 64)
+    want = flash_attn_func(q, q, q)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="^k carries a forward-mode tangent"):
+            flash_attn_func(q, dual, q)
+        assert torch.equal(flash_attn_func(q, q, q), want)
+    assert torch.equal(flash_attn_func(q, q, q), want)
