@@ -233,12 +233,12 @@ class Launch:
             q, k, v = (t if s is None else t.as_strided(t.shape, s) for t, s in zip((q, k, v), self.strides))
         if self.q_factor is not None:
             q = q * self.q_factor
-        out = torch.empty(self.out_shape, dtype=q.dtype, device=q.device)
+        out = q.new_empty(*self.out_shape)
         counter = self.counter(q.device)
         if self.lse_shape is None:
             self.kernel(q, k, v, out, None, *self.arguments, counter)
             return out
-        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=q.device)
+        lse = q.new_empty(*self.lse_shape, dtype=torch.float32)
         self.kernel(q, k, v, out, lse, *self.arguments, counter)
         return out, lse
 
