@@ -23,7 +23,8 @@ def attention(q, k, v, *, softmax_scale=None, causal=False, dtype=torch.float32,
     Returns O, (batch, seqlen_q, heads, d_v), and the LSE, fp32 (batch, heads, seqlen_q): the natural logarithm of the
     row's sum of exponentials of scaled scores. A row that sees no key, or only scores of -inf, has O = 0 and LSE = -inf.
     NaN and infinity spread as the formula spreads them: a hidden key counts as 0 · V, which is NaN where V isn't finite.
-    Differentiable by autograd; autocast doesn't reach inside. Shapes that don't fit raise torch's RuntimeError; fa3.problem is what checks a call.
+    Differentiable by autograd; autocast doesn't reach inside. Shapes that don't fit raise torch's RuntimeError; fa3.problem is
+    what checks a call.
     """
     with torch.autocast(q.device.type, enabled=False):
         return _attention(q, k, v, softmax_scale, causal, dtype, out_dtype or q.dtype)
