@@ -34,7 +34,6 @@ class Plan:
     head_group: int
     ctas: int
     tiles: int
-    softmax_scale: float
 
     @property
     def counted(self):
@@ -48,7 +47,11 @@ class Plan:
 def plan_forward(problem: Problem, device: Device) -> Plan:
     """The plan of a forward call that has scores to compute."""
     mask = "causal" if problem.causal else "none"
-    config = forward_config(problem.dtype, problem.head_dim, mask, problem.lse)
+    return planned(forward_config(problem.dtype, problem.head_dim, mask, problem.lse), problem, device)
+
+
+def planned(config, problem, device):
+    """The plan of a forward call whose config is chosen already."""
     tiles = -(-problem.seqlen_q // config.tile_m) * problem.heads * problem.batch
     if tiles >= 2**31:
         raise ValueError(f"q has {tiles} tiles of {config.tile_m} queries; at most {2**31 - 1} can be launched")
@@ -57,7 +60,6 @@ def plan_forward(problem: Problem, device: Device) -> Plan:
         head_group=head_group(problem, device),
         ctas=min(device.sms - problem.sm_margin, tiles),
         tiles=tiles,
-        softmax_scale=problem.softmax_scale,
     )
 
 

@@ -1,143 +1,146 @@
-"""Times kernel variants against each other in one process: `python -m perf.sweep`, on the GPU machine.
+"""Times kernel variants against each other and the peers: `python -m perf.sweep --point "128 causal: stages=2,3"`.
 
-Variants are compiled in parallel processes into the disk cache first; then each point runs them interleaved.
+Variants are compiled in parallel processes into the disk cache first. Then they are measured on the paper's grid as
+`python -m perf run` measures providers: the same turns in random order, the same check of outputs, the same file.
 """
 
 import argparse
+import ast
 import itertools
-import json
-import statistics
-import time
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 import torch
+from rich.console import Console
 
 from fa3 import jit
-from fa3.attention import device_of
+from fa3.attention import Launch, device_of
 from fa3.kernels.configs import ConfigError, ForwardConfig
 from fa3.parallel import map_configs
-from fa3.plan import head_group
+from fa3.plan import planned
 from fa3.problem import Problem
-from fa3.timing import burst, torch_sdpa
+from perf import PerfError, peers, results, suites, timing
+from perf.runner import Bench, new_run, plain, require_hopper
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(peers.Provider):
     """A config and how many heads are worked on together: "l2" as planned, "all", or a number."""
 
     config: ForwardConfig
     heads: str | int = "l2"
 
-    def label(self):
+    @property
+    def name(self):
         c = self.config
         flags = ("P" if c.pingpong else "-") + ("O" if c.overlap else "-") + c.scheduler[0]  # s, p or d
         flags += ("q" if c.q_in_registers else "-") + f"{c.rescale_from:g}c{c.max_chains}" + "l" * c.late_release
         return f"{c.tile_m}x{c.tile_n}s{c.stages}{flags}:{self.heads}"
 
+    def available(self):
+        return None
 
-def parse(text, head_dim, mask, dtype):
-    """Variants from "tile_m=128,192 tile_n=128,160 scheduler=persistent,single heads=l2,all": the product of all lists."""
-    fields = dict(part.split("=") for part in text.split())
-    heads = fields.pop("heads", "l2").split(",")
-    names = list(fields)
+    def version(self):
+        return "this tree"
+
+    def make(self, point, tensors):
+        q, k, v = tensors
+        problem = Problem.of(q, k, v, softmax_scale=None, causal=point.causal, sm_margin=0, lse=False, unsupported={})
+        plan = planned(self.config, problem, device_of(q.device))
+        if self.heads != "l2":
+            plan = replace(plan, head_group=point.heads * point.batch if self.heads == "all" else self.heads)
+        launch = Launch(problem, plan, [None, None, None])
+        return lambda: launch(q, k, v)
+
+    def config_line(self, point, tensors):
+        return repr(self.config)
+
+
+def parse(text, dtype):
+    """(head_dim, causal, variants) of "128 causal: tile_n=128,160 scheduler=dynamic,single heads=l2,all": all combinations.
+
+    Combinations that no GPU could run are left out.
+    """
+    where, lists = text.split(":", 1)
+    head_dim, mask = where.split()
+    choices = dict(part.split("=") for part in lists.split())
+    heads = [value(h) for h in choices.pop("heads", "l2").split(",")]
+    unknown = choices.keys() - ForwardConfig.__dataclass_fields__.keys()
+    if unknown:
+        raise PerfError(f"--point: no field {', '.join(sorted(unknown))}; there are {', '.join(ForwardConfig.__dataclass_fields__)}")
     found = []
-    for values in itertools.product(*(fields[n].split(",") for n in names)):
-        kinds = ForwardConfig.__dataclass_fields__
-        typed = {n: v if kinds[n].type in (str, "str") else eval(v) for n, v in zip(names, values)}
-        if typed.get("tile_m") == 64:
-            typed["pingpong"] = False
+    for values in itertools.product(*([value(v) for v in listed.split(",")] for listed in choices.values())):
+        fields = dict(zip(choices, values))
+        if fields.get("tile_m") == 64:
+            fields["pingpong"] = False
         try:
-            config = ForwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, lse=False, **typed)
+            config = ForwardConfig(dtype=dtype, head_dim=int(head_dim), mask=mask, lse=False, **fields)
         except ConfigError:
             continue
-        found += [Variant(config, int(h) if h.isdigit() else h) for h in heads]
-    return found
+        found += [Variant(config, h) for h in heads]
+    return int(head_dim), mask == "causal", found
+
+
+def value(text):
+    """A Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def compile_one(config):
     jit.get(config)  # into the disk cache; a kernel can't be sent back
 
 
-def launch(variant, q, k, v, out, causal):
-    b, s, h, d = q.shape
-    problem = Problem(variant.config.dtype, b, s, k.shape[1], h, k.shape[2], d, causal, d**-0.5, False, 0)
-    device = device_of(q.device)
-    group = {"l2": lambda: head_group(problem, device), "all": lambda: h * b}.get(variant.heads, lambda: variant.heads)()
-    tiles = -(-s // variant.config.tile_m) * h * b
-    kernel, scale = jit.get(variant.config), d**-0.5
-    counter = torch.zeros(2, dtype=torch.int32, device="cuda") if variant.config.scheduler == "dynamic" else None
-    return lambda: kernel(q, k, v, out, None, scale, group, min(device.sms, tiles), counter)
-
-
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--point", action="append", required=True, help='"HEAD_DIM MASK: variants", see parse()')
+    parser.add_argument("--point", action="append", required=True, help='"HEAD_DIM MASK: field=value,value ...", see parse()')
     parser.add_argument("--seqlens", default="512,1024,2048,4096,8192,16384")
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--fa4", action="store_true")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--milliseconds", type=float, default=12)
-    parser.add_argument("--cool", type=float, default=0, help="seconds of rest before each burst")
-    parser.add_argument("--out")
+    parser.add_argument("--providers", default="fa4", help="peers beside the variants; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--commit", metavar="HASH", help="the commit measured, where the tree was copied")
+    parser.add_argument("--out", help="default: perf/results/DATE-sweep-fwd-GPU.json")
     args = parser.parse_args()
+    console = Console()
+    require_hopper()
     groups = {}
-    for point in args.point:
-        head, variants = point.split(":", 1)
-        head_dim, mask = head.split()
-        groups.setdefault((int(head_dim), mask), []).extend(parse(variants, int(head_dim), mask, args.dtype))
-    configs = {v.config for variants in groups.values() for v in variants}
-    t = time.time()
+    for text in args.point:
+        head_dim, causal, variants = parse(text, args.dtype)
+        groups.setdefault((head_dim, causal), {}).update(dict.fromkeys(variants))  # each once
+    configs = {variant.config for variants in groups.values() for variant in variants}
     for config, error in map_configs(compile_one, configs, "compiling"):
         if isinstance(error, Exception):  # a variant that doesn't compile is a result too
-            print("FAILED", config, error)
-    print(f"{len(configs)} configs compiled in {time.time() - t:.0f} s", flush=True)
-    if args.fa4:
-        from flash_attn.cute import flash_attn_func as fa4
+            plain(console, f"FAILED {config}: {error}")
+
+    others = [provider for provider in peers.providers(args.providers.split(",")) if provider.available() is None]
     seqlens = [int(s) for s in args.seqlens.split(",")]
-    results = []
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    for (d, mask), variants in groups.items():
-        causal, table = mask == "causal", {}
-        for s in seqlens:
-            b, h = max(1, 16384 // s), 2048 // d
-            q, k, v = (torch.randn(b, s, h, d, device="cuda", dtype=dtype) for _ in range(3))
-            truth = torch_sdpa(q, k, v, causal)().transpose(1, 2)
-            runs, wrong = {}, set()
-            for variant in variants:
-                out = torch.full_like(q, float("nan"))
-                try:
-                    run = launch(variant, q, k, v, out, causal)
-                    run()
-                    torch.cuda.synchronize()
-                except Exception as error:
-                    print("FAILED", variant.label(), str(error)[:100])
-                    continue
-                runs[variant.label()] = run
-                if not (out.float() - truth.float()).abs().max() < 0.04:
-                    wrong.add(variant.label())
-            if args.fa4:
-                runs["fa4"] = lambda: fa4(q, k, v, causal=causal)
-            flops = 4 * s * s * d * h * b * (0.5 if causal else 1)
-            counts, times = {}, {name: [] for name in runs}
-            for name, run in runs.items():
-                run()
-                counts[name] = max(2, int(args.milliseconds / burst(run, 2)))
-            names = list(runs)
-            for r in range(args.rounds):
-                for name in names[r % len(names) :] + names[: r % len(names)]:
-                    time.sleep(args.cool)
-                    times[name].append(burst(runs[name], counts[name]))
-            for name, samples in times.items():
-                rate = flops / statistics.median(samples) / 1e9
-                table.setdefault(name, []).append(f"{rate:5.0f}" + ("!" if name in wrong else " "))
-                results.append(dict(head_dim=d, mask=mask, seqlen=s, variant=name, tflops=rate, wrong=name in wrong))
-        print(f"\nd {d} {mask:7s} {'':14s}" + " ".join(f"{s:6d}" for s in seqlens))
-        for name, row in table.items():
-            print(f"{name:28s}" + " ".join(row), flush=True)
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(results, file)
+    points = {
+        (d, causal): suites.select("paper", head_dims=[d], causal=causal, seqlens=seqlens, dtypes=[args.dtype])
+        for d, causal in groups
+    }
+    data = new_run("sweep", [p for of_group in points.values() for p in of_group], others, args.rounds, args.commit)
+    path = results.claim(args.out or results.default_path(data))
+    for group, variants in groups.items():
+        with torch.no_grad():
+            Bench(data, path, [*others, *variants], timing.CudaDevice(), console).measure(points[group])
+        show(data, group, [*variants, *others], points[group], console)
+    plain(console, f"written: {path}")
+
+
+def show(data, group, providers, points, console):
+    """A row for each provider, a column for each length; "!" where an output differs from the first peer's."""
+    measured = {results.point_of(record): record["results"] for record in data["records"]}
+    plain(console, f"\nd {group[0]} {'causal' if group[1] else 'full':21s}" + "".join(f"{p.seqlen_q:8d}" for p in points))
+    for name in dict.fromkeys(provider.name for provider in providers):
+        entries = [measured.get(point, {}).get(name) for point in points]
+        cells = ["-" if e is None else f"{e['tflops']:.0f}" + "!" * ("differs" in e) for e in entries]
+        plain(console, f"{name:25s}" + "".join(f"{cell:>8s}" for cell in cells))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PerfError as error:
+        sys.exit(f"perf.sweep: {error}")

@@ -1,6 +1,7 @@
 """perf/ without a GPU: the suites, the timing loop on a fake device, the files, compare, table, report, the command line."""
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # perf is run from the repository root, not installed
 
-from perf import PerfError, peers, report, results, runner, suites, table, timing  # noqa: E402
+from perf import PerfError, peers, report, results, runner, suites, sweep, table, timing  # noqa: E402
 from perf.__main__ import main  # noqa: E402
 from perf.suites import Point  # noqa: E402
 
@@ -743,3 +744,25 @@ def test_a_given_commit_is_believed_over_the_copys_own_history(monkeypatch):
     monkeypatch.setattr(results, "git", lambda *arguments: "history" if arguments[0] == "rev-parse" else " M file")
     assert results.source("given") == {**results.source("given"), "commit": "given", "dirty": None}
     assert results.source() == {**results.source(), "commit": "history", "dirty": True}
+
+
+def test_a_sweeps_point_is_all_combinations_that_a_gpu_could_run():
+    head_dim, causal, variants = sweep.parse("128 causal: tile_n=128,256 q_in_registers=True,False heads=l2,all,4", "fp16")
+    assert (head_dim, causal) == (128, True)
+    assert {(v.config.tile_n, v.config.q_in_registers) for v in variants} == {(128, True), (128, False)}  # 256: too many registers
+    assert len(variants) == 2 * 3 and {v.heads for v in variants} == {"l2", "all", 4}
+    assert {(v.config.dtype, v.config.mask, v.config.scheduler) for v in variants} == {("fp16", "causal", "dynamic")}
+    assert len({v.name for v in variants}) == len(variants)
+    with pytest.raises(PerfError, match="no field tilen; there are dtype"):
+        sweep.parse("64 none: tilen=128", "bf16")
+
+
+def test_a_sweep_shows_its_variants_as_rows():
+    data, output = empty_run("sweep"), io.StringIO()
+    providers = [types.SimpleNamespace(name=name) for name in ("128x128", "fa4")]
+    data["records"] = [results.record("kernel", SQUARE, {"fa4": {"tflops": 600.4}, "128x128": {"tflops": 699.6, "differs": {}}})]
+    other = dataclasses.replace(SQUARE, seqlen_q=SQUARE.seqlen_q + 1)
+    sweep.show(data, (128, False), providers, [SQUARE, other], Console(file=output, width=200))
+    header, ours, peer = output.getvalue().strip().splitlines()
+    assert header.split() == ["d", "128", "full", str(SQUARE.seqlen_q), str(other.seqlen_q)]
+    assert (ours.split(), peer.split()) == (["128x128", "700!", "-"], ["fa4", "600", "-"])

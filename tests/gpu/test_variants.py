@@ -1,12 +1,13 @@
 """Configs that planning doesn't choose: each field of ForwardConfig that can be switched gives a right kernel."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from fa3.attention import Launch
+from fa3.attention import Launch, device_of
 from fa3.kernels.configs import ForwardConfig
-from fa3.plan import Plan
+from fa3.plan import planned
 from fa3.problem import Problem
 from tests.gpu.test_forward import faults, inputs, poisoned_memory
 
@@ -38,8 +39,8 @@ def run(config, q, k, v, causal, head_group, ctas):
     """(O, LSE) of a kernel whose config and launch are chosen by hand."""
     batch, seqlen_q, heads, d = q.shape
     problem = Problem("bf16", batch, seqlen_q, k.shape[1], heads, k.shape[2], d, causal, 1 / math.sqrt(d), True, 0)
-    tiles = -(-seqlen_q // config.tile_m) * heads * batch
-    launch = Launch(problem, Plan(config, head_group, ctas, tiles, problem.softmax_scale), [None, None, None])
+    plan = replace(planned(config, problem, device_of(q.device)), head_group=head_group, ctas=ctas)
+    launch = Launch(problem, plan, [None, None, None])
     with poisoned_memory():
         return launch(q, k, v)
 
