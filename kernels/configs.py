@@ -57,6 +57,7 @@ class ForwardConfig:
     max_chains: int = 1
     late_release: bool = False
     lse: bool = True
+    knobs: str = ""
 
     family = "forward"
 
@@ -125,29 +126,17 @@ class ForwardConfig:
 
     @property
     def tile_bytes(self):
-        """Bytes of the shared-memory tile of Q, of one stage of K (or V), and of O where O has its own."""
+        """Bytes of the shared-memory tile of Q, and of one stage of K (or V)."""
         row = self.head_dim * DTYPE_BYTES[self.dtype]
-        return {"Q": self.tile_m * row, "K": self.tile_n * row, "O": 0 if self.o_reuses_q else self.tile_m * row}
-
-    @property
-    def o_reuses_q(self):
-        """O leaves through Q's shared memory when there is no room for both: the next Q then waits for the store."""
-        row = self.head_dim * DTYPE_BYTES[self.dtype]
-        own = (2 * self.tile_m + 2 * self.stages * self.tile_n) * row
-        return own + self.barrier_bytes > SHARED_MEMORY_LIMIT
-
-    @property
-    def q_free_after(self):
-        """When a tile's Q may be overwritten: once in registers, after the last S, or once O is "stored" from its place."""
-        return "stored" if self.o_reuses_q else "loaded" if self.q_in_registers else "last S"
+        return {"Q": self.tile_m * row, "K": self.tile_n * row}
 
     @property
     def barrier_bytes(self):
         """mbarriers, full and empty, for Q, each stage of K and V, and the schedule, and its word; padded for the tiles."""
-        return -(-(8 * 2 * (2 + 2 * self.stages) + 16) // 1024) * 1024
+        return -(-(8 * 2 * (self.consumer_warpgroups + 1 + 2 * self.stages) + 16) // 1024) * 1024
 
     @property
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        return self.barrier_bytes + t["Q"] + t["O"] + 2 * self.stages * t["K"]
+        return self.barrier_bytes + t["Q"] + 2 * self.stages * t["K"]

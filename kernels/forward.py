@@ -16,8 +16,9 @@ from cutlass.memory import SmemAllocator
 
 from .configs import WARPGROUP, ForwardConfig
 from .parts import barriers, tiles, wgmma
-from .parts.barriers import EPILOGUE_BARRIER, WARP, Turns
+from .parts.barriers import WARP, Turns
 from .parts.mask import RightMask
+from .parts.output import write_rows
 from .parts.rounding import round_into
 from .parts.schedule import Schedule, TileList
 from .parts.softmax import LOG2_E, OnlineSoftmax
@@ -79,16 +80,16 @@ class ForwardKernel:
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
-        store_o, O = tiles.tma_store(O, q_layout, ROWS, c.head_dim)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
         grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
-        copies, scale_log2 = (load_q, load_k, load_v, store_o), softmax_scale * Float32(LOG2_E)
+        copies, scale_log2 = (load_q, load_k, load_v), softmax_scale * Float32(LOG2_E)
         self.kernel(copies, Q, K, V, O, LSE, scale_log2, head_group, counter, q_layout, k_layout).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
             smem=c.shared_memory,
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl="nopdl" not in c.knobs,
         )
 
     def fake_arguments(self):
@@ -111,7 +112,7 @@ class ForwardKernel:
     @cute.kernel
     def kernel(
         self,
-        copies: tuple[cute.CopyAtom, cute.CopyAtom, cute.CopyAtom, cute.CopyAtom],
+        copies: tuple[cute.CopyAtom, cute.CopyAtom, cute.CopyAtom],
         Q: cute.Tensor,
         K: cute.Tensor,
         V: cute.Tensor,
@@ -129,7 +130,7 @@ class ForwardKernel:
         warp_index = cute.arch.make_warp_uniform(thread // WARP)
 
         smem = SmemAllocator()
-        q_barriers = smem.allocate_array(cutlass.Int64, 2)
+        q_barriers = smem.allocate_array(cutlass.Int64, 2 * c.consumer_warpgroups)
         k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2)
@@ -137,13 +138,9 @@ class ForwardKernel:
         sQ = smem.allocate_tensor(self.dtype, q_layout.outer, byte_alignment=1024, swizzle=q_layout.inner)
         sK = smem.allocate_tensor(self.dtype, k_layout.outer, byte_alignment=1024, swizzle=k_layout.inner)
         sV = smem.allocate_tensor(self.dtype, k_layout.outer, byte_alignment=1024, swizzle=k_layout.inner)
-        if cutlass.const_expr(c.o_reuses_q):
-            sO = sQ
-        else:
-            sO = smem.allocate_tensor(self.dtype, q_layout.outer, byte_alignment=1024, swizzle=q_layout.inner)
 
         consumer_warps = c.consumer_warpgroups * WARPGROUP // WARP
-        q_ring = barriers.tma_ring(q_barriers, 1, c.tile_bytes["Q"], consumer_warps)
+        q_ring = barriers.tma_ring(q_barriers, c.consumer_warpgroups, c.tile_bytes["Q"] // c.consumer_warpgroups, WARPGROUP // WARP)
         k_ring = barriers.tma_ring(k_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
         v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
@@ -154,6 +151,8 @@ class ForwardKernel:
                 cpasync.prefetch_descriptor(copy)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
+        if cutlass.const_expr("nopdl" not in c.knobs): cute.arch.griddepcontrol_wait()  # what stands above may run while the kernel before this one on the stream ends
+        if cutlass.const_expr("nopdl" not in c.knobs): cute.arch.griddepcontrol_launch_dependents()
 
         seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
         heads, batch = Q.shape[2], Q.shape[3]
@@ -172,44 +171,61 @@ class ForwardKernel:
             softmax = OnlineSoftmax.start(c.rescale_from, c.max_chains, scale_log2)
             turns = Turns(c.pingpong, c.consumer_warpgroups, warpgroup_index - 1)
             consumer = self.consumer(thread % WARPGROUP, mask, turns, softmax, rings, sQ, sK, sV)
-            self.consume(consumer, schedule, copies[3], O, LSE, sO)
+            self.consume(consumer, schedule, O, LSE)
 
     @cute.jit
     def produce(self, schedule, mask, rings, copies, tensors, shared):
         """One warp: for each tile, Q, then K and V from the last tile to the first, in the order they are consumed."""
         c = self.config
         q_ring, k_ring, v_ring = rings
-        q_at, k_at, v_at = barriers.producing(1), barriers.producing(c.stages), barriers.producing(c.stages)
+        q_at, k_at, v_at = barriers.producing(c.consumer_warpgroups), barriers.producing(c.stages), barriers.producing(c.stages)
         s_at = barriers.producing(1)
         group = tensors[0].shape[2] // tensors[1].shape[2]  # query heads of a K/V head
         position = schedule.first()
+        if cutlass.const_expr(c.q_in_registers):
+            q_at = self.bring_q(schedule, position, q_ring, copies[0], tensors[0], shared[0], q_at)
         while position < schedule.tiles.length():
             tile, head, batch = schedule.tiles.tile(position)
-            n_stop, n_unmasked = mask.key_tiles(tile)
-            if n_stop > 0 or c.o_reuses_q:  # O of a tile that sees no key goes through Q's memory too
-                source_q = TmaSource.of_head(q_ring, copies[0], shared[0], tensors[0], head, batch)
-                q_at = source_q.bring_all(tile * c.consumer_warpgroups, q_at)
-            if n_stop > 0:
-                source_k = TmaSource.of_head(k_ring, copies[1], shared[1], tensors[1], head // group, batch)
-                source_v = TmaSource.of_head(v_ring, copies[2], shared[2], tensors[2], head // group, batch)
-                k_at = source_k.bring(n_stop - 1, k_at)
-                for step in cutlass.range(n_stop - 1, unroll=1):
-                    n = n_stop - 2 - step
-                    if cutlass.const_expr(c.overlap):
-                        k_at = source_k.bring(n, k_at)
-                        v_at = source_v.bring(n + 1, v_at)
-                    else:
-                        v_at = source_v.bring(n + 1, v_at)
-                        k_at = source_k.bring(n, k_at)
-                v_at = source_v.bring(0, v_at)
-            position = schedule.claim(position)
-            s_at = schedule.tell(position, s_at)
+            following = schedule.claim(position)
+            n_stop, n_unmasked = mask.key_tiles(tile * c.tile_m, c.tile_m)
+            source_k = TmaSource.of_head(k_ring, copies[1], shared[1], tensors[1], head // group, batch)
+            source_v = TmaSource.of_head(v_ring, copies[2], shared[2], tensors[2], head // group, batch)
+            k_at = source_k.bring(n_stop - 1, k_at)
+            if cutlass.const_expr(not c.q_in_registers):  # its place is free once the tile before has its last S
+                q_at = self.bring_q(schedule, position, q_ring, copies[0], tensors[0], shared[0], q_at)
+            for step in cutlass.range(n_stop - 1, unroll=1):
+                n = n_stop - 2 - step
+                if cutlass.const_expr(c.overlap):
+                    k_at = source_k.bring(n, k_at)
+                    v_at = source_v.bring(n + 1, v_at)
+                else:
+                    v_at = source_v.bring(n + 1, v_at)
+                    k_at = source_k.bring(n, k_at)
+                if cutlass.const_expr(c.q_in_registers):
+                    if step == 0:
+                        q_at = self.bring_q(schedule, following, q_ring, copies[0], tensors[0], shared[0], q_at)
+            if cutlass.const_expr(c.q_in_registers):
+                if n_stop == 1:
+                    q_at = self.bring_q(schedule, following, q_ring, copies[0], tensors[0], shared[0], q_at)
+            s_at = schedule.tell(following, s_at)
+            v_at = source_v.bring(0, v_at)
+            position = following
         schedule.finish()
         q_ring.producer_tail(q_at)
         k_ring.producer_tail(k_at)
         v_ring.producer_tail(v_at)
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule.ring.producer_tail(s_at)
+
+    @cute.jit
+    def bring_q(self, schedule, position, ring, copy, Q, sQ, q_at):
+        """Q of the tile at a position, if there is one: a stage for each warpgroup's rows."""
+        if position < schedule.tiles.length():
+            tile, head, batch = schedule.tiles.tile(position)
+            source = TmaSource.of_head(ring, copy, sQ, Q, head, batch)
+            for w in cutlass.range_constexpr(self.config.consumer_warpgroups):
+                q_at = source.bring(tile * self.config.consumer_warpgroups + w, q_at)
+        return q_at
 
     def consumer(self, thread, mask, turns, softmax, rings, sQ, sK, sV):
         """A consumer warpgroup with its operands laid out."""
@@ -237,91 +253,147 @@ class ForwardKernel:
         )
 
     @cute.jit
-    def consume(self, t: Consumer, schedule, store_o, O, LSE, sO):
-        """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE."""
+    def consume(self, t: Consumer, schedule, O, LSE):
+        """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE.
+
+        With overlap, tiles follow each other as steps do: one's last O and the next one's first S are in flight together.
+        """
         c = self.config
-        q_at, k_at, v_at = barriers.consuming(1), barriers.consuming(c.stages), barriers.consuming(c.stages)
-        s_at = barriers.consuming(1)
+        q_at = barriers.consuming(c.consumer_warpgroups, t.index)
+        k_at, v_at, s_at = barriers.consuming(c.stages), barriers.consuming(c.stages), barriers.consuming(1)
         t.turns.begin()
+        t.O.fill(0.0)
         position = schedule.first()
         while position < schedule.tiles.length():
             tile, head, batch = schedule.tiles.tile(position)
-            n_stop, n_unmasked = t.mask.key_tiles(tile)
-            t.O.fill(0.0)
+            if not self.has_rows(t, tile):
+                q_at, k_at, v_at = self.pass_over(t, tile, q_at, k_at, v_at)
+                position, s_at = schedule.hear(position, s_at)
+            else:
+                self.load_q(t, q_at)
+                t.turns.take()
+                n, n_unmasked, k_at, v_at = self.start_tile(t, tile, q_at, k_at, v_at)
+                t.turns.give()
+                k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=True)
+                going_on = True
+                while going_on:
+                    k_at, v_at = self.mainloop(t, tile, n, n_unmasked, q_at, k_at, v_at)
+                    q_at.advance(c.consumer_warpgroups)
+                    position, s_at = schedule.hear(position, s_at)
+                    finished, v_last = (tile, head, batch), v_at.clone()
+                    tile, head, batch = schedule.tiles.tile(position)
+                    going_on = c.overlap and position < schedule.tiles.length() and self.has_rows(t, tile)
+                    if going_on:
+                        self.load_q(t, q_at)
+                        t.v_ring.consumer_wait(v_at)
+                        t.turns.take()
+                        self.issue_o(t, v_at)
+                        v_at.advance()
+                        n, n_unmasked, k_at, v_at = self.start_tile(t, tile, q_at, k_at, v_at)
+                        t.turns.give()
+                        wgmma.wait(1)
+                        t.v_ring.consumer_release(v_last)
+                        self.epilogue(t, O, LSE, *finished)
+                        k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=True)
+                    else:
+                        v_at = self.o_alone(t, v_at)
+                        self.epilogue(t, O, LSE, *finished)
+
+    def has_rows(self, t: Consumer, tile):
+        """Whether a tile has rows for this warpgroup; the last ones may lie past the end."""
+        return tile * self.config.tile_m + t.index * ROWS < t.mask.seqlen_q
+
+    @cute.jit
+    def pass_over(self, t: Consumer, tile, q_at, k_at, v_at):
+        """A tile without rows for this warpgroup: takes part in what the others wait for."""
+        t.q_ring.consumer_wait(q_at)
+        t.q_ring.consumer_release(q_at)
+        q_at.advance(self.config.consumer_warpgroups)
+        n_stop, _ = t.mask.key_tiles(tile * self.config.tile_m, self.config.tile_m)
+        for step in cutlass.range(n_stop, unroll=1):
+            t.k_ring.consumer_wait(k_at)
+            t.k_ring.consumer_release(k_at)
+            k_at.advance()
+            t.turns.take()
+            t.turns.give()
+            t.v_ring.consumer_wait(v_at)
+            t.v_ring.consumer_release(v_at)
+            v_at.advance()
+        return q_at, k_at, v_at
+
+    @cute.jit
+    def load_q(self, t: Consumer, q_at):
+        """Q into registers, if that is where the config wants it."""
+        if cutlass.const_expr(self.config.q_in_registers):
+            t.q_ring.consumer_wait(q_at)
+            wgmma.load_operand(t.qk, t.Q, t.sQ, t.thread)
+            t.q_ring.consumer_release(q_at)
+
+    @cute.jit
+    def start_tile(self, t: Consumer, tile, q_at, k_at, v_at):
+        """S of the first keys that this warpgroup's rows see, in flight. Returns their tile, and the first unmasked one."""
+        c = self.config
+        tile_stop, _ = t.mask.key_tiles(tile * c.tile_m, c.tile_m)
+        n_stop, n_unmasked = t.mask.key_tiles(tile * c.tile_m + t.index * ROWS, ROWS)
+        if cutlass.const_expr(t.mask.causal):
+            if n_stop < tile_stop:  # only the other warpgroups' rows see the tile's first keys
+                n_stop = tile_stop - 1  # one tile at a time: V of the next one comes after this tile's own
+                t.k_ring.consumer_wait(k_at)
+                t.k_ring.consumer_release(k_at)
+                k_at.advance()
+                t.turns.give()
+                t.v_ring.consumer_wait(v_at)
+                t.v_ring.consumer_release(v_at)
+                v_at.advance()
+                t.turns.take()
+        if cutlass.const_expr(not c.q_in_registers):
+            t.q_ring.consumer_wait(q_at)
+        t.k_ring.consumer_wait(k_at)
+        self.issue_s(t, k_at)
+        return n_stop - 1, n_unmasked, k_at, v_at
+
+    @cute.jit
+    def p_alone(self, t: Consumer, tile, n, n_unmasked, q_at, k_at, first: Constexpr[bool]):
+        """P of key tile n, once its S is there, with nothing to overlap."""
+        wgmma.wait(0)
+        t.k_ring.consumer_release(k_at)
+        self.release_q(t, n, q_at)
+        k_at.advance()
+        if n >= n_unmasked:
+            t.mask.apply(t.S, tile * self.config.tile_m + t.index * ROWS, n, t.thread)
+        if cutlass.const_expr(first):
             t.softmax.reset()
-            if n_stop > 0 or c.o_reuses_q:
-                t.q_ring.consumer_wait(q_at)
-            if n_stop > 0:
-                if cutlass.const_expr(c.q_in_registers):
-                    wgmma.load_operand(t.qk, t.Q, t.sQ, t.thread)
-                self.release_q(t, q_at, "loaded")
-                k_at, v_at = self.mainloop(t, tile, n_stop, n_unmasked, q_at, k_at, v_at)
-            t.softmax.finish(t.O)
-            self.epilogue(t, store_o, O, LSE, sO, tile, head, batch)
-            if n_stop > 0 or c.o_reuses_q:
-                if cutlass.const_expr(c.o_reuses_q):
-                    self.wait_for_store(t)
-                self.release_q(t, q_at, "stored")
-                q_at.advance()
-            position, s_at = schedule.hear(position, s_at)
-        self.wait_for_store(t)
-
-    @cute.jit
-    def mainloop(self, t: Consumer, tile, n_stop, n_unmasked, q_at, k_at, v_at):
-        """Key tiles from the last to the first, so that those that need masking come first."""
-        first_row = tile * self.config.tile_m + t.index * ROWS
-        n = n_stop - 1
-        if cutlass.const_expr(self.config.overlap):
-            k_at = self.first_s(t, first_row, n, n_unmasked, k_at)
-            if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
-                while n > n_unmasked:
-                    n -= 1
-                    k_at, v_at = self.overlapped_step(t, first_row, n, k_at, v_at, masked=True)
-            while n > 0:
-                n -= 1
-                k_at, v_at = self.overlapped_step(t, first_row, n, k_at, v_at, masked=False)
-            self.release_q(t, q_at, "last S")
-            v_at = self.last_o(t, v_at)
-        else:
-            while n >= 0:
-                k_at, v_at = self.plain_step(t, first_row, n, n_unmasked, k_at, v_at)
-                n -= 1
-            self.release_q(t, q_at, "last S")
-        return k_at, v_at
-
-    @cute.jit
-    def plain_step(self, t: Consumer, first_row, n, n_unmasked, k_at, v_at):
-        """Algorithm 1: S, softmax and O of tile n, one after the other."""
-        t.k_ring.consumer_wait(k_at)
-        t.turns.take()
-        self.issue_s(t, k_at)
-        wgmma.wait(0)
-        t.turns.give()
-        t.k_ring.consumer_release(k_at)
-        k_at.advance()
-        if n >= n_unmasked:
-            t.mask.apply(t.S, first_row, n, t.thread)
         t.softmax.step(t.S)
-        t.softmax.rescale(t.O)
-        round_into(t.P, t.S)
-        return k_at, self.last_o(t, v_at)
-
-    @cute.jit
-    def first_s(self, t: Consumer, first_row, n, n_unmasked, k_at):
-        """Algorithm 2 before its loop: S and P of the first tile, with nothing to overlap yet."""
-        t.k_ring.consumer_wait(k_at)
-        self.issue_s(t, k_at)
-        wgmma.wait(0)
-        t.k_ring.consumer_release(k_at)
-        k_at.advance()
-        if n >= n_unmasked:
-            t.mask.apply(t.S, first_row, n, t.thread)
-        t.softmax.step(t.S)
+        if cutlass.const_expr(not first):
+            t.softmax.rescale(t.O)
         round_into(t.P, t.S)
         return k_at
 
     @cute.jit
-    def overlapped_step(self, t: Consumer, first_row, n, k_at, v_at, masked: Constexpr[bool]):
+    def mainloop(self, t: Consumer, tile, n, n_unmasked, q_at, k_at, v_at):
+        """From a P to the last one: key tiles from the last to the first, so that those that need masking come first."""
+        first_row = tile * self.config.tile_m + t.index * ROWS
+        if cutlass.const_expr(self.config.overlap):
+            if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
+                while n > n_unmasked:
+                    n -= 1
+                    k_at, v_at = self.overlapped_step(t, first_row, n, q_at, k_at, v_at, masked=True)
+            while n > 0:
+                n -= 1
+                k_at, v_at = self.overlapped_step(t, first_row, n, q_at, k_at, v_at, masked=False)
+        else:
+            while n > 0:
+                n -= 1
+                v_at = self.o_alone(t, v_at)
+                t.k_ring.consumer_wait(k_at)
+                t.turns.take()
+                self.issue_s(t, k_at)
+                t.turns.give()
+                k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=False)
+        return k_at, v_at
+
+    @cute.jit
+    def overlapped_step(self, t: Consumer, first_row, n, q_at, k_at, v_at, masked: Constexpr[bool]):
         """Algorithm 2's loop: S of tile n and O of tile n + 1 are in flight together, the softmax of tile n follows."""
         t.k_ring.consumer_wait(k_at)
         t.turns.take()
@@ -332,6 +404,7 @@ class ForwardKernel:
         wgmma.wait(1)
         if cutlass.const_expr(not self.config.late_release):
             t.k_ring.consumer_release(k_at)
+        self.release_q(t, n, q_at)
         if cutlass.const_expr(masked):
             t.mask.apply(t.S, first_row, n, t.thread)
         highest = t.softmax.first_row(t.S)
@@ -347,8 +420,8 @@ class ForwardKernel:
         return k_at, v_at
 
     @cute.jit
-    def last_o(self, t: Consumer, v_at):
-        """O += P V of a tile, with nothing to overlap: after Algorithm 2's loop, and in each step of Algorithm 1."""
+    def o_alone(self, t: Consumer, v_at):
+        """O += P V of a tile, with nothing to overlap."""
         t.v_ring.consumer_wait(v_at)
         self.issue_o(t, v_at)
         wgmma.wait(0)
@@ -357,10 +430,11 @@ class ForwardKernel:
         return v_at
 
     @cute.jit
-    def release_q(self, t: Consumer, q_at, moment: Constexpr[str]):
-        """Lets the producer overwrite Q, if this is the moment for it."""
-        if cutlass.const_expr(self.config.q_free_after == moment):
-            t.q_ring.consumer_release(q_at)
+    def release_q(self, t: Consumer, n, q_at):
+        """Lets the producer overwrite Q once the last S is there (Q in registers: as soon as it is there)."""
+        if cutlass.const_expr(not self.config.q_in_registers):
+            if n == 0:
+                t.q_ring.consumer_release(q_at)
 
     def issue_s(self, t, k_at):
         """S = Q Kᵀ, in flight."""
@@ -372,27 +446,15 @@ class ForwardKernel:
         wgmma.issue(t.pv, t.O, P, t.V[None, None, None, v_at.index], zero=False)
 
     @cute.jit
-    def epilogue(self, t: Consumer, store_o, O, LSE, sO, tile, head, batch):
-        """LSE straight to memory; O to shared memory and from there by TMA, which clips the rows past the end."""
-        c = self.config
+    def epilogue(self, t: Consumer, O, LSE, tile, head, batch):
+        """O and LSE straight from registers to memory, but for the rows past the end; O is zero afterwards."""
+        t.softmax.finish(t.O)
+        first_row = tile * self.config.tile_m + t.index * ROWS
         if cutlass.const_expr(LSE is not None):
             if t.thread % 4 == 0:
                 for r in cutlass.range_constexpr(2):
-                    row = tile * c.tile_m + t.index * ROWS + wgmma.row_in_tile(t.thread, r)
+                    row = first_row + wgmma.row_in_tile(t.thread, r)
                     if row < O.shape[0]:
                         LSE[batch, head, row] = t.softmax.m[r]
-        self.wait_for_store(t)
-        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + t.index, number_of_threads=WARPGROUP)
-        wgmma.store_accumulator(t.pv, t.O, sO[None, None, t.index], t.thread)
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + t.index, number_of_threads=WARPGROUP)
-        if t.thread < WARP:
-            tO, gO = tiles.partition(store_o, sO, O, head, batch)
-            cute.copy(store_o, tO[None, t.index], gO[None, tile * c.consumer_warpgroups + t.index])
-            cute.arch.cp_async_bulk_commit_group()
-
-    @cute.jit
-    def wait_for_store(self, t: Consumer):
-        """The warp that stores waits until TMA has read what it stored, so that the shared memory is free again."""
-        if t.thread < WARP:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        write_rows(t.O, O[None, None, head, batch], first_row, t.thread)
+        t.O.fill(0.0)

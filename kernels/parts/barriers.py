@@ -9,8 +9,7 @@ from cutlass import Constexpr, Int32, pipeline
 from ..configs import WARPGROUP
 
 # Named barriers; 0 is __syncthreads. Warpgroup w uses base + w.
-EPILOGUE_BARRIER = 1
-TURN_BARRIER = 4
+TURN_BARRIER = 1
 WARP = 32
 UNMADE_NAN = -0x2153  # 0xffffdead as an int: no instruction makes this NaN, they all make 0x7fffffff
 
@@ -43,9 +42,9 @@ def producing(stages):
     return pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
 
 
-def consuming(stages):
-    """A consumer's place in a ring of so many stages."""
-    return pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, stages)
+def consuming(stages, first=0):
+    """A consumer's place in a ring of so many stages, of which it starts with number `first`."""
+    return pipeline.PipelineState(stages, Int32(0), Int32(first), Int32(0))
 
 
 @cute.jit

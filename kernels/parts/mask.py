@@ -28,14 +28,17 @@ class RightMask:
     seqlen_k: Int32
 
     @cute.jit
-    def key_tiles(self, tile):
-        """(stop, unmasked): tile of queries number `tile` needs key tiles 0..stop-1; those under `unmasked` in full."""
+    def key_tiles(self, first_row, rows: Constexpr[int]):
+        """(stop, unmasked): so many rows of queries need key tiles 0..stop-1; those under `unmasked` in full.
+
+        stop is 1 at least, for rows that see no key too: all that comes of it is masked.
+        """
         stop = cute.ceil_div(self.seqlen_k, self.tile_n)
         unmasked = self.seqlen_k // self.tile_n
         if cutlass.const_expr(self.causal):
-            first_row = tile * self.tile_m + self.seqlen_k - self.seqlen_q
-            stop = min(stop, max(0, first_row + self.tile_m + self.tile_n - 1) // self.tile_n)
-            unmasked = min(unmasked, max(0, first_row + 1) // self.tile_n)
+            first_visible = self.visible(first_row)
+            stop = min(stop, max(1, cute.ceil_div(first_visible + rows - 1, self.tile_n)))
+            unmasked = min(unmasked, max(0, first_visible) // self.tile_n)
         return stop, unmasked
 
     def visible(self, row):

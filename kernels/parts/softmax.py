@@ -113,15 +113,16 @@ class OnlineSoftmax:
     @cute.jit
     def finish(self, O: cute.Tensor):
         """O is normalised; m becomes the log-sum-exp of each row (natural log). Empty rows: zeros, and -inf."""
-        o = wgmma.flat(O)
         for r in cutlass.range_constexpr(2):
-            l = quad_sum(self.l[r])
-            empty = l == 0.0
-            lse = self.m[r] * (self.scale_log2 * LN_2) + cute.math.log(l, fastmath=True)
-            self.m[r] = -Float32.inf if empty else lse
-            inverse = cute.arch.rcp_approx(l)
-            for i in row_of(O, r):
-                o[i] = Float32(0.0) if empty else o[i] * inverse  # not · 0: a masked V may have left NaN
+            self.l[r] = quad_sum(self.l[r])
+            lse = self.m[r] * (self.scale_log2 * LN_2) + cute.math.log(self.l[r], fastmath=True)
+            self.m[r] = -Float32.inf if self.l[r] == 0.0 else lse
+            self.correction[r] = cute.arch.rcp_approx(self.l[r])
+        scale_rows(O, self.correction)
+        if cute.arch.vote_any_sync(self.l[0] == 0.0 or self.l[1] == 0.0):
+            o = wgmma.flat(O)
+            for i in [*range(cute.size(o))]:  # a select, not a product: a masked V may have left NaN
+                o[i] = Float32(0.0) if self.l[i // 2 % 2] == 0.0 else o[i]
 
 
 @cute.jit
