@@ -31,6 +31,7 @@ class ForwardConfig:
     tile_m: queries a CTA owns at a time; 64 for each consumer warpgroup, so 64, 128 or 192.
     tile_n: keys of one step of the mainloop, a multiple of 16.
     stages: tiles of K, and of V, that are in flight.
+    q_stages: tiles of Q in shared memory; with 2, or in registers, the next one is there before this one is done with.
     pingpong: warpgroups take turns on the tensor cores, one's softmax under the other's GEMMs (paper, section 3.1).
     overlap: S of the next tile is issued before the softmax of this one (paper, section 3.2, Algorithm 2).
     scheduler: "single", one CTA a tile; "persistent", one CTA an SM, each with its list of tiles; or "dynamic", one CTA
@@ -49,6 +50,7 @@ class ForwardConfig:
     tile_m: int = 128
     tile_n: int = 128
     stages: int = 2
+    q_stages: int = 1
     pingpong: bool = True
     overlap: bool = True
     scheduler: str = "dynamic"
@@ -80,6 +82,7 @@ class ForwardConfig:
             raise ConfigError(f"max_chains must be from 1 to tile_n / 4 = {self.tile_n // 4}, got {self.max_chains!r}")
         if not 1 <= self.stages <= 8:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
+        one_of("q_stages", (1, 2))
         if self.overlap and self.stages < 2:
             raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
         if self.late_release and not self.overlap:
@@ -126,17 +129,34 @@ class ForwardConfig:
 
     @property
     def tile_bytes(self):
-        """Bytes of the shared-memory tile of Q, and of one stage of K (or V)."""
+        """Bytes of the shared-memory tile of Q (one stage of it), of one stage of K (or V), and of O where that is staged."""
         row = self.head_dim * DTYPE_BYTES[self.dtype]
-        return {"Q": self.tile_m * row, "K": self.tile_n * row}
+        return {"Q": self.tile_m * row, "K": self.tile_n * row, "O": self.tile_m * row if self.o_staged else 0}
+
+    @property
+    def q_slots(self):
+        """Places for a warpgroup's rows of Q in shared memory."""
+        return self.consumer_warpgroups * self.q_stages
+
+    @property
+    def q_waits(self):
+        """Whether the next Q must wait for its place until this tile's last S."""
+        return self.q_stages == 1 and not self.q_in_registers
+
+    @property
+    def o_staged(self):
+        """Whether O leaves through shared memory: where there is room for it."""
+        row = self.head_dim * DTYPE_BYTES[self.dtype]
+        tiles = (1 + self.q_stages) * self.tile_m + 2 * self.stages * self.tile_n
+        return tiles * row + self.barrier_bytes <= SHARED_MEMORY_LIMIT
 
     @property
     def barrier_bytes(self):
-        """mbarriers, full and empty, for Q, each stage of K and V, and the schedule, and its word; padded for the tiles."""
-        return -(-(8 * 2 * (self.consumer_warpgroups + 1 + 2 * self.stages) + 16) // 1024) * 1024
+        """mbarriers, full and empty, for Q, each stage of K and V, and the schedule, and its slot; padded for the tiles."""
+        return -(-(8 * 2 * (self.q_slots + 1 + 2 * self.stages) + 16) // 1024) * 1024
 
     @property
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        return self.barrier_bytes + t["Q"] + 2 * self.stages * t["K"]
+        return self.barrier_bytes + self.q_stages * t["Q"] + t["O"] + 2 * self.stages * t["K"]

@@ -18,13 +18,14 @@ from .configs import WARPGROUP, ForwardConfig
 from .parts import barriers, tiles, wgmma
 from .parts.barriers import WARP, Turns
 from .parts.mask import RightMask
-from .parts.output import write_rows
+from .parts.output import WARP_ROWS, DirectOutput, StagedOutput
 from .parts.rounding import round_into
 from .parts.schedule import Schedule, TileList
 from .parts.softmax import LOG2_E, OnlineSoftmax
 from .parts.sources import TmaSource
 
 DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
+CLAIM_AHEAD = 4  # tiles of K before a tile's end, at which the next tile is claimed: a few steps hide what that takes
 ROWS = 64  # query rows of a consumer warpgroup: the M of a WGMMA
 
 
@@ -42,7 +43,7 @@ class Consumer:
     v_ring: pipeline.PipelineTmaAsync
     qk: Constexpr  # the WGMMA operation of S = Q Kᵀ
     pv: Constexpr  # and of O = P V
-    sQ: cute.Tensor  # this warpgroup's rows of Q in shared memory
+    sQ: cute.Tensor  # Q in shared memory, (64, head_dim, slot)
     Q: cute.Tensor  # Q, K, V as operands: of shared memory, but Q in registers where the config says so
     K: cute.Tensor
     V: cute.Tensor
@@ -75,15 +76,20 @@ class ForwardKernel:
         c = self.config
         by_head = [1, 3, 2, 0]  # (seqlen, head_dim, heads, batch)
         Q, K, V, O = (cute.make_tensor(t.iterator, cute.select(t.layout, mode=by_head)) for t in (Q, K, V, O))
-        q_layout = tiles.smem_layout(self.dtype, ROWS, c.head_dim, c.consumer_warpgroups)
+        q_layout = tiles.smem_layout(self.dtype, ROWS, c.head_dim, c.q_slots)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
+        o_layout, store_o = None, None
+        if cutlass.const_expr(c.o_staged):
+            o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_m // WARP_ROWS)
+            store_o, O = tiles.tma_store(O, o_layout, WARP_ROWS, c.head_dim)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
         grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
-        copies, scale_log2 = (load_q, load_k, load_v), softmax_scale * Float32(LOG2_E)
-        self.kernel(copies, Q, K, V, O, LSE, scale_log2, head_group, counter, q_layout, k_layout).launch(
+        copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, o_layout)
+        scale_log2 = softmax_scale * Float32(LOG2_E)
+        self.kernel(copies, Q, K, V, O, LSE, scale_log2, head_group, counter, layouts).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
             smem=c.shared_memory,
@@ -112,7 +118,7 @@ class ForwardKernel:
     @cute.kernel
     def kernel(
         self,
-        copies: tuple[cute.CopyAtom, cute.CopyAtom, cute.CopyAtom],
+        copies: tuple[cute.CopyAtom, cute.CopyAtom, cute.CopyAtom, cute.CopyAtom | None],
         Q: cute.Tensor,
         K: cute.Tensor,
         V: cute.Tensor,
@@ -121,8 +127,7 @@ class ForwardKernel:
         scale_log2: Float32,
         head_group: Int32,
         counter: cute.Tensor | None,
-        q_layout: cute.ComposedLayout,
-        k_layout: cute.ComposedLayout,
+        layouts: tuple[cute.ComposedLayout, cute.ComposedLayout, cute.ComposedLayout | None],
     ):
         c = self.config
         thread = cute.arch.thread_idx()[0]
@@ -130,29 +135,38 @@ class ForwardKernel:
         warp_index = cute.arch.make_warp_uniform(thread // WARP)
 
         smem = SmemAllocator()
-        q_barriers = smem.allocate_array(cutlass.Int64, 2 * c.consumer_warpgroups)
+        q_barriers = smem.allocate_array(cutlass.Int64, 2 * c.q_slots)
         k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2)
-        slot = smem.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
-        sQ = smem.allocate_tensor(self.dtype, q_layout.outer, byte_alignment=1024, swizzle=q_layout.inner)
-        sK = smem.allocate_tensor(self.dtype, k_layout.outer, byte_alignment=1024, swizzle=k_layout.inner)
-        sV = smem.allocate_tensor(self.dtype, k_layout.outer, byte_alignment=1024, swizzle=k_layout.inner)
+        slot = smem.allocate_tensor(Int32, cute.make_layout(4), byte_alignment=16)
+        q_layout, k_layout, o_layout = layouts
+        sQ, sK, sV = (
+            smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+            for layout in (q_layout, k_layout, k_layout)
+        )
+        if cutlass.const_expr(c.o_staged):
+            sO = smem.allocate_tensor(self.dtype, o_layout.outer, byte_alignment=1024, swizzle=o_layout.inner)
+            output = StagedOutput(copies[3], sO, O, c.consumer_warpgroups)
+        else:
+            output = DirectOutput(O, c.consumer_warpgroups)
 
         consumer_warps = c.consumer_warpgroups * WARPGROUP // WARP
-        q_ring = barriers.tma_ring(q_barriers, c.consumer_warpgroups, c.tile_bytes["Q"] // c.consumer_warpgroups, WARPGROUP // WARP)
+        q_ring = barriers.tma_ring(q_barriers, c.q_slots, c.tile_bytes["Q"] // c.consumer_warpgroups, WARPGROUP // WARP)
         k_ring = barriers.tma_ring(k_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
         v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
-            schedule_ring = barriers.thread_ring(schedule_barriers, 1, consumer_warps)
+            schedule_ring = barriers.thread_ring(schedule_barriers, 1, consumer_warps + 1)
         if warp_index == 0:
             for copy in copies:
-                cpasync.prefetch_descriptor(copy)
+                if cutlass.const_expr(copy is not None):
+                    cpasync.prefetch_descriptor(copy)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        if cutlass.const_expr("nopdl" not in c.knobs): cute.arch.griddepcontrol_wait()  # what stands above may run while the kernel before this one on the stream ends
-        if cutlass.const_expr("nopdl" not in c.knobs): cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr("nopdl" not in c.knobs):
+            cute.arch.griddepcontrol_wait()  # what stands above may run while the kernel before this one on the stream ends
+            cute.arch.griddepcontrol_launch_dependents()
 
         seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
         heads, batch = Q.shape[2], Q.shape[3]
@@ -165,67 +179,69 @@ class ForwardKernel:
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
-                self.produce(schedule, mask, rings, copies, (Q, K, V), (sQ, sK, sV))
+                group = heads // K.shape[2]  # query heads of a K/V head
+                self.produce_kv(schedule, mask, (k_ring, v_ring), copies[1:3], (K, V), (sK, sV), group)
+            elif warp_index == 1:
+                self.produce_q(schedule, q_ring, copies[0], Q, sQ)
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
             softmax = OnlineSoftmax.start(c.rescale_from, c.max_chains, scale_log2)
             turns = Turns(c.pingpong, c.consumer_warpgroups, warpgroup_index - 1)
             consumer = self.consumer(thread % WARPGROUP, mask, turns, softmax, rings, sQ, sK, sV)
-            self.consume(consumer, schedule, O, LSE)
+            self.consume(consumer, schedule, output, LSE)
 
     @cute.jit
-    def produce(self, schedule, mask, rings, copies, tensors, shared):
-        """One warp: for each tile, Q, then K and V from the last tile to the first, in the order they are consumed."""
+    def produce_q(self, schedule, ring, copy, Q, sQ):
+        """One warp: for each tile, Q, a stage for each warpgroup's rows."""
         c = self.config
-        q_ring, k_ring, v_ring = rings
-        q_at, k_at, v_at = barriers.producing(c.consumer_warpgroups), barriers.producing(c.stages), barriers.producing(c.stages)
-        s_at = barriers.producing(1)
-        group = tensors[0].shape[2] // tensors[1].shape[2]  # query heads of a K/V head
+        q_at, s_at = barriers.producing(c.q_slots), barriers.consuming(1)
         position = schedule.first()
-        if cutlass.const_expr(c.q_in_registers):
-            q_at = self.bring_q(schedule, position, q_ring, copies[0], tensors[0], shared[0], q_at)
+        tile, head, batch = schedule.tiles.tile(position)
+        while position < schedule.tiles.length():
+            source = TmaSource.of_head(ring, copy, sQ, Q, head, batch)
+            if cutlass.const_expr(c.q_waits):
+                for w in cutlass.range_constexpr(c.consumer_warpgroups):
+                    source.announce(tile * c.consumer_warpgroups + w)
+            for w in cutlass.range_constexpr(c.consumer_warpgroups):
+                q_at = source.bring(tile * c.consumer_warpgroups + w, q_at)
+            position, (tile, head, batch), s_at = schedule.hear(position, s_at)
+        ring.producer_tail(q_at)
+
+    @cute.jit
+    def produce_kv(self, schedule, mask, rings, copies, tensors, shared, group):
+        """One warp: for each tile, K and V from the last tile to the first, in the order they are consumed.
+
+        Towards a tile's end, but not before, it claims the CTA's next one: whoever is ahead shall get it.
+        """
+        c = self.config
+        k_at, v_at, s_at = barriers.producing(c.stages), barriers.producing(c.stages), barriers.producing(1)
+        position = schedule.first()
+        following = position
         while position < schedule.tiles.length():
             tile, head, batch = schedule.tiles.tile(position)
-            following = schedule.claim(position)
             n_stop, n_unmasked = mask.key_tiles(tile * c.tile_m, c.tile_m)
-            source_k = TmaSource.of_head(k_ring, copies[1], shared[1], tensors[1], head // group, batch)
-            source_v = TmaSource.of_head(v_ring, copies[2], shared[2], tensors[2], head // group, batch)
+            source_k = TmaSource.of_head(rings[0], copies[0], shared[0], tensors[0], head // group, batch)
+            source_v = TmaSource.of_head(rings[1], copies[1], shared[1], tensors[1], head // group, batch)
             k_at = source_k.bring(n_stop - 1, k_at)
-            if cutlass.const_expr(not c.q_in_registers):  # its place is free once the tile before has its last S
-                q_at = self.bring_q(schedule, position, q_ring, copies[0], tensors[0], shared[0], q_at)
-            for step in cutlass.range(n_stop - 1, unroll=1):
-                n = n_stop - 2 - step
+            for step in cutlass.range(n_stop, unroll=1):
+                n = n_stop - 1 - step
+                near_end = step == max(n_stop - CLAIM_AHEAD, 0)
+                if near_end:
+                    following = schedule.claim(position)
+                if cutlass.const_expr(not c.overlap):
+                    v_at = source_v.bring(n, v_at)
+                if n > 0:
+                    k_at = source_k.bring(n - 1, k_at)
                 if cutlass.const_expr(c.overlap):
-                    k_at = source_k.bring(n, k_at)
-                    v_at = source_v.bring(n + 1, v_at)
-                else:
-                    v_at = source_v.bring(n + 1, v_at)
-                    k_at = source_k.bring(n, k_at)
-                if cutlass.const_expr(c.q_in_registers):
-                    if step == 0:
-                        q_at = self.bring_q(schedule, following, q_ring, copies[0], tensors[0], shared[0], q_at)
-            if cutlass.const_expr(c.q_in_registers):
-                if n_stop == 1:
-                    q_at = self.bring_q(schedule, following, q_ring, copies[0], tensors[0], shared[0], q_at)
-            s_at = schedule.tell(following, s_at)
-            v_at = source_v.bring(0, v_at)
+                    v_at = source_v.bring(n, v_at)
+                if near_end:
+                    s_at = schedule.tell(following, s_at)
             position = following
         schedule.finish()
-        q_ring.producer_tail(q_at)
-        k_ring.producer_tail(k_at)
-        v_ring.producer_tail(v_at)
+        rings[0].producer_tail(k_at)
+        rings[1].producer_tail(v_at)
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule.ring.producer_tail(s_at)
-
-    @cute.jit
-    def bring_q(self, schedule, position, ring, copy, Q, sQ, q_at):
-        """Q of the tile at a position, if there is one: a stage for each warpgroup's rows."""
-        if position < schedule.tiles.length():
-            tile, head, batch = schedule.tiles.tile(position)
-            source = TmaSource.of_head(ring, copy, sQ, Q, head, batch)
-            for w in cutlass.range_constexpr(self.config.consumer_warpgroups):
-                q_at = source.bring(tile * self.config.consumer_warpgroups + w, q_at)
-        return q_at
 
     def consumer(self, thread, mask, turns, softmax, rings, sQ, sK, sV):
         """A consumer warpgroup with its operands laid out."""
@@ -234,6 +250,7 @@ class ForwardKernel:
         qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, q_source)
         pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         qk, pv = cute.make_tiled_mma(qk_op), cute.make_tiled_mma(pv_op)
+        own_sQ = sQ[None, None, w] if c.q_in_registers else sQ
         return Consumer(
             w,
             thread,
@@ -243,8 +260,8 @@ class ForwardKernel:
             *rings,
             qk_op,
             pv_op,
-            sQ=sQ[None, None, w],
-            Q=qk.make_fragment_A(qk.get_slice(0).partition_A(sQ[None, None, w])),
+            sQ=sQ,
+            Q=qk.make_fragment_A(qk.get_slice(0).partition_A(own_sQ)),
             K=qk.make_fragment_B(qk.get_slice(0).partition_B(sK)),
             V=pv.make_fragment_B(pv.get_slice(0).partition_B(tiles.transposed(sV))),
             S=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), Float32),
@@ -253,22 +270,22 @@ class ForwardKernel:
         )
 
     @cute.jit
-    def consume(self, t: Consumer, schedule, O, LSE):
+    def consume(self, t: Consumer, schedule, output, LSE):
         """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE.
 
         With overlap, tiles follow each other as steps do: one's last O and the next one's first S are in flight together.
         """
         c = self.config
-        q_at = barriers.consuming(c.consumer_warpgroups, t.index)
+        q_at = barriers.consuming(c.q_slots, t.index)
         k_at, v_at, s_at = barriers.consuming(c.stages), barriers.consuming(c.stages), barriers.consuming(1)
         t.turns.begin()
         t.O.fill(0.0)
         position = schedule.first()
+        tile, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length():
-            tile, head, batch = schedule.tiles.tile(position)
             if not self.has_rows(t, tile):
                 q_at, k_at, v_at = self.pass_over(t, tile, q_at, k_at, v_at)
-                position, s_at = schedule.hear(position, s_at)
+                position, (tile, head, batch), s_at = schedule.hear(position, s_at)
             else:
                 self.load_q(t, q_at)
                 t.turns.take()
@@ -279,12 +296,12 @@ class ForwardKernel:
                 while going_on:
                     k_at, v_at = self.mainloop(t, tile, n, n_unmasked, q_at, k_at, v_at)
                     q_at.advance(c.consumer_warpgroups)
-                    position, s_at = schedule.hear(position, s_at)
-                    finished, v_last = (tile, head, batch), v_at.clone()
-                    tile, head, batch = schedule.tiles.tile(position)
+                    finished = tile, head, batch
+                    position, (tile, head, batch), s_at = schedule.hear(position, s_at)
                     going_on = c.overlap and position < schedule.tiles.length() and self.has_rows(t, tile)
                     if going_on:
                         self.load_q(t, q_at)
+                        v_last = v_at.clone()
                         t.v_ring.consumer_wait(v_at)
                         t.turns.take()
                         self.issue_o(t, v_at)
@@ -293,11 +310,12 @@ class ForwardKernel:
                         t.turns.give()
                         wgmma.wait(1)
                         t.v_ring.consumer_release(v_last)
-                        self.epilogue(t, O, LSE, *finished)
+                        self.epilogue(t, output, LSE, *finished)
                         k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=True)
                     else:
                         v_at = self.o_alone(t, v_at)
-                        self.epilogue(t, O, LSE, *finished)
+                        self.epilogue(t, output, LSE, *finished)
+        output.finish()
 
     def has_rows(self, t: Consumer, tile):
         """Whether a tile has rows for this warpgroup; the last ones may lie past the end."""
@@ -326,8 +344,7 @@ class ForwardKernel:
         """Q into registers, if that is where the config wants it."""
         if cutlass.const_expr(self.config.q_in_registers):
             t.q_ring.consumer_wait(q_at)
-            wgmma.load_operand(t.qk, t.Q, t.sQ, t.thread)
-            t.q_ring.consumer_release(q_at)
+            wgmma.load_operand(t.qk, t.Q, t.sQ[None, None, q_at.index], t.thread)
 
     @cute.jit
     def start_tile(self, t: Consumer, tile, q_at, k_at, v_at):
@@ -349,7 +366,9 @@ class ForwardKernel:
         if cutlass.const_expr(not c.q_in_registers):
             t.q_ring.consumer_wait(q_at)
         t.k_ring.consumer_wait(k_at)
-        self.issue_s(t, k_at)
+        self.issue_s(t, q_at, k_at)
+        if cutlass.const_expr(c.q_in_registers):
+            t.q_ring.consumer_release(q_at)  # not before the WGMMAs that wait for the loads
         return n_stop - 1, n_unmasked, k_at, v_at
 
     @cute.jit
@@ -387,7 +406,7 @@ class ForwardKernel:
                 v_at = self.o_alone(t, v_at)
                 t.k_ring.consumer_wait(k_at)
                 t.turns.take()
-                self.issue_s(t, k_at)
+                self.issue_s(t, q_at, k_at)
                 t.turns.give()
                 k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=False)
         return k_at, v_at
@@ -397,7 +416,7 @@ class ForwardKernel:
         """Algorithm 2's loop: S of tile n and O of tile n + 1 are in flight together, the softmax of tile n follows."""
         t.k_ring.consumer_wait(k_at)
         t.turns.take()
-        self.issue_s(t, k_at)
+        self.issue_s(t, q_at, k_at)
         t.v_ring.consumer_wait(v_at)
         self.issue_o(t, v_at)
         t.turns.give()
@@ -436,9 +455,10 @@ class ForwardKernel:
             if n == 0:
                 t.q_ring.consumer_release(q_at)
 
-    def issue_s(self, t, k_at):
+    def issue_s(self, t, q_at, k_at):
         """S = Q Kᵀ, in flight."""
-        wgmma.issue(t.qk, t.S, t.Q, t.K[None, None, None, k_at.index], zero=True)
+        Q = t.Q if self.config.q_in_registers else t.Q[None, None, None, q_at.index]
+        wgmma.issue(t.qk, t.S, Q, t.K[None, None, None, k_at.index], zero=True)
 
     def issue_o(self, t, v_at):
         """O += P V, in flight."""
@@ -446,15 +466,14 @@ class ForwardKernel:
         wgmma.issue(t.pv, t.O, P, t.V[None, None, None, v_at.index], zero=False)
 
     @cute.jit
-    def epilogue(self, t: Consumer, O, LSE, tile, head, batch):
-        """O and LSE straight from registers to memory, but for the rows past the end; O is zero afterwards."""
+    def epilogue(self, t: Consumer, output, LSE, tile, head, batch):
+        """O and LSE to memory, but for the rows past the end; O is zero afterwards."""
         t.softmax.finish(t.O)
-        first_row = tile * self.config.tile_m + t.index * ROWS
         if cutlass.const_expr(LSE is not None):
             if t.thread % 4 == 0:
                 for r in cutlass.range_constexpr(2):
-                    row = first_row + wgmma.row_in_tile(t.thread, r)
-                    if row < O.shape[0]:
+                    row = tile * self.config.tile_m + t.index * ROWS + wgmma.row_in_tile(t.thread, r)
+                    if row < t.mask.seqlen_q:
                         LSE[batch, head, row] = t.softmax.m[r]
-        write_rows(t.O, O[None, None, head, batch], first_row, t.thread)
+        output.write(t.pv, t.O, tile, head, batch, t.index, t.thread)
         t.O.fill(0.0)

@@ -1,36 +1,84 @@
-"""O on its way out: an accumulator's rows, rounded, from registers straight to memory."""
+"""Outputs: what takes a warpgroup's 64 rows of O, in registers, to memory."""
+
+from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Constexpr, Int32
 
+from . import tiles, wgmma
 from .rounding import round_into
-from .wgmma import row_in_tile
+
+WARPS = 4  # of a warpgroup
+WARP_ROWS = 16  # rows of a warpgroup's accumulator that one warp holds
+
+
+@dataclass(frozen=True)
+class StagedOutput:
+    """Through shared memory and on by TMA, which clips the rows past the end: each warp its 16 rows, on its own."""
+
+    atom: cute.CopyAtom
+    shared: cute.Tensor  # (16, head_dim, warp of the CTA)
+    O: cute.Tensor  # coordinates in global memory
+    warpgroups: Constexpr[int]
+
+    @cute.jit
+    def write(self, op: Constexpr, acc: cute.Tensor, tile, head, batch, warpgroup, thread):
+        self.finish()
+        by_row = cute.group_modes(cute.make_tensor(self.shared.iterator, cute.select(self.shared.layout, mode=[0, 2, 1])), 0, 2)
+        rows = cute.local_tile(by_row, (WARPS * WARP_ROWS, cute.size(by_row, mode=[1])), (warpgroup, 0))
+        wgmma.store_accumulator(op, acc, rows, thread)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        warp = warpgroup * WARPS + cute.arch.make_warp_uniform(thread // 32)
+        tO, gO = tiles.partition(self.atom, self.shared, self.O, head, batch)
+        cute.copy(self.atom, tO[None, warp], gO[None, tile * (self.warpgroups * WARPS) + warp])
+        cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def finish(self):
+        """Waits until TMA has read what the warp stored before, so that the shared memory is free again."""
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()
+
+
+@dataclass(frozen=True)
+class DirectOutput:
+    """Straight from registers, where shared memory has no room."""
+
+    O: cute.Tensor  # (seqlen_q, head_dim, heads, batch)
+    warpgroups: Constexpr[int]
+
+    @cute.jit
+    def write(self, op: Constexpr, acc: cute.Tensor, tile, head, batch, warpgroup, thread):
+        """The four lanes of a row hand each other what they hold, so that each writes 16 bytes in one piece."""
+        lane = thread % 4
+        rounded = cute.make_rmem_tensor(cute.size(acc), self.O.element_type)
+        round_into(rounded, acc)
+        words = cute.recast_tensor(rounded, Int32)
+        for r in cutlass.range_constexpr(2):
+            chunks = [*range(r, cute.size(words), 8)]
+            for i in chunks:
+                a, b = exchange(words[i], words[i + 2], lane, 1), exchange(words[i + 4], words[i + 6], lane, 1)
+                words[i], words[i + 4] = exchange(a[0], b[0], lane, 2)
+                words[i + 2], words[i + 6] = exchange(a[1], b[1], lane, 2)
+            row = (tile * self.warpgroups + warpgroup) * WARPS * WARP_ROWS + wgmma.row_in_tile(thread, r)
+            if row < self.O.shape[0]:
+                target = self.O[row, None, head, batch]
+                for place, i in enumerate(chunks):
+                    piece = cute.make_rmem_tensor(4, Int32)
+                    for k in range(4):
+                        piece[k] = words[i + 2 * k]
+                    piece = cute.recast_tensor(piece, target.element_type)
+                    cute.autovec_copy(piece, cute.local_tile(target, (8,), (4 * place + lane,)))
+
+    def finish(self):
+        """Nothing to wait for."""
 
 
 @cute.jit
-def write_rows(acc: cute.Tensor, target: cute.Tensor, first_row, thread):
-    """An accumulator, rounded, to rows first_row and up of a (rows, columns) tensor in memory, but for rows past its end.
-
-    Neighbouring lanes exchange every other pair of columns, so that a lane writes 8 bytes and the four of a row a sector.
-    """
-    lane = thread % 4
-    odd = lane % 2 == 1
-    rounded = cute.make_rmem_tensor(cute.size(acc), target.element_type)
-    round_into(rounded, acc)
-    words = cute.recast_tensor(rounded, Int32)
-    for i in [*range(0, cute.size(words), 4)]:  # words i and i + 2 are of one row, columns 8 apart; i + 1 and i + 3 of the other
-        for r in range(2):
-            a, b = words[i + r], words[i + r + 2]
-            got = cute.arch.shuffle_sync_bfly(a if odd else b, offset=1)
-            words[i + r], words[i + r + 2] = (got if odd else a), (b if odd else got)
-    for r in cutlass.range_constexpr(2):
-        row = first_row + row_in_tile(thread, r)
-        if row < target.shape[0]:
-            for place, i in enumerate([*range(r, cute.size(words), 4)]):
-                piece = cute.make_rmem_tensor(2, Int32)
-                piece[0], piece[1] = words[i], words[i + 2]
-                cute.autovec_copy(
-                    cute.recast_tensor(piece, target.element_type),
-                    cute.local_tile(target[row, None], (4,), (4 * place + 2 * (lane % 2) + lane // 2,)),
-                )
+def exchange(a, b, lane, bit: cutlass.Constexpr[int]):
+    """With the lane whose number differs in `bit`: the lower keeps both a's, the higher both b's, the lower lane's first."""
+    higher = lane & bit != 0
+    got = cute.arch.shuffle_sync_bfly(a if higher else b, offset=bit)
+    return (got if higher else a), (b if higher else got)

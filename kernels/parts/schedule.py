@@ -5,7 +5,7 @@ cache together; inside a group, causal masks take the longest tiles (the last ro
 A CTA's first tile is the one of its own number. What follows depends on the kind:
     single      nothing: one CTA a tile, the hardware hands them out in order
     persistent  one tile of every round of the CTAs, odd rounds in reverse, so that each CTA's list adds up alike
-    dynamic     the first tile that no CTA has claimed yet: the producer claims it and tells the consumers
+    dynamic     the first tile that no CTA has claimed yet: one warp claims it and tells the others
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class TileList:
 class Schedule:
     """One CTA's way through the list. Positions at or past the list's length mean: done.
 
-    ring, slot: dynamic only; the barriers and the shared-memory word through which a claimed position travels.
+    ring, slot: dynamic only; the barriers and the shared memory through which a claimed position travels, with its tile.
     counter: dynamic only; in global memory, the positions claimed so far and the CTAs that are done, both zero at launch.
         Not touched where every tile is some CTA's first (Plan.counted).
     """
@@ -72,7 +72,7 @@ class Schedule:
 
     @cute.jit
     def claim(self, position):
-        """Producer warp: the position after this one."""
+        """One warp of the CTA: the position after this one."""
         if cutlass.const_expr(self.kind == "dynamic"):
             claimed = Int32(0)
             if self.tiles.length() > cute.arch.grid_dim()[0]:
@@ -85,32 +85,36 @@ class Schedule:
 
     @cute.jit
     def tell(self, position, at):
-        """Producer warp: hands the consumers a claimed position; returns the next place in the ring."""
+        """The same warp: hands the others a claimed position; returns the next place in the ring."""
         if cutlass.const_expr(self.kind == "dynamic"):
             self.ring.producer_acquire(at)
+            tile, head, batch = self.tiles.tile(position)
             if cute.arch.lane_idx() == 0:
-                self.slot[0] = position
+                self.slot[0], self.slot[1], self.slot[2], self.slot[3] = position, tile, head, batch
                 self.ring.producer_commit(at)
             at.advance()
         return at
 
     @cute.jit
     def hear(self, position, at):
-        """Consumer: the position after this one, and the next place in the ring."""
+        """The others: the position after this one, its (query tile, head, batch), and the next place in the ring."""
         if cutlass.const_expr(self.kind == "dynamic"):
             self.ring.consumer_wait(at)
-            following = self.slot[0]
+            heard = cute.make_rmem_tensor(4, Int32)
+            cute.autovec_copy(self.slot, heard)
+            following, place = heard[0], (heard[1], heard[2], heard[3])
             cute.arch.sync_warp()
             if cute.arch.lane_idx() == 0:
                 self.ring.consumer_release(at)
             at.advance()
         else:
             following = self.following(position)
-        return following, at
+            place = self.tiles.tile(following)
+        return following, place, at
 
     @cute.jit
     def finish(self):
-        """Producer warp, at the end: the last CTA to get here leaves the counter as it found it, zero."""
+        """The claiming warp, at the end: the last CTA to get here leaves the counter as it found it, zero."""
         if cutlass.const_expr(self.kind == "dynamic"):
             if self.tiles.length() > cute.arch.grid_dim()[0] and cute.arch.lane_idx() == 0:
                 cute.arch.fence_acq_rel_gpu()

@@ -31,12 +31,6 @@ class TmaSource:
         return at
 
     @cute.jit
-    def bring_all(self, first, at):
-        """All tiles of shared memory as one stage: tiles first, first + 1, ...; returns the next place."""
-        self.ring.producer_acquire(at)
-        for i in range(cute.size(self.stages, mode=[1])):
-            cute.copy(
-                self.atom, self.tiles[None, first + i], self.stages[None, i], tma_bar_ptr=self.ring.producer_get_barrier(at)
-            )
-        at.advance()
-        return at
+    def announce(self, n):
+        """Has tile n fetched into the L2 cache."""
+        cute.prefetch(self.atom, self.tiles[None, n])

@@ -34,6 +34,16 @@ def load_operand(op: cutlass.Constexpr, fragment: cute.Tensor, shared: cute.Tens
     cute.copy(copy, copy.partition_S(shared), copy.retile(fragment))
 
 
+@cute.jit
+def store_accumulator(op: cutlass.Constexpr, acc: cute.Tensor, shared: cute.Tensor, thread):
+    """An accumulator, rounded to the type of a shared-memory tile, into that tile, by stmatrix."""
+    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), shared.element_type)
+    copy = cute.make_tiled_copy_C(atom, cute.make_tiled_mma(op)).get_slice(thread)
+    rounded = cute.make_rmem_tensor(acc.layout, shared.element_type)
+    rounded.store(acc.load().to(shared.element_type))
+    cute.copy(copy, copy.retile(rounded), copy.partition_D(shared))
+
+
 def wait(groups_in_flight):
     """Waits until at most this many of the warpgroup's committed groups are still in flight."""
     warpgroup.wait_group(groups_in_flight)
