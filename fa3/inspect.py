@@ -6,7 +6,7 @@
 >>> report.stack, report.counts["HGMMA"], problems(report)
 
 `problems` is the rule that every shipped config is held to: no spills, no matrix instructions but the expected ones, TMA
-loads, registers and shared memory as the config predicted, and WGMMAs that stay in flight.
+loads (and stores, where O is staged), registers and shared memory as the config predicted, and WGMMAs that stay in flight.
 """
 
 import json
@@ -22,7 +22,7 @@ from .parallel import map_configs
 from .terminal import show_table
 
 # Instructions of interest (the first parts of a SASS mnemonic); matrix instructions are counted apart from these.
-COUNTED = ("UTMALDG", "MUFU.EX2", "LDL", "STL", "USETMAXREG", "WARPGROUP.DEPBAR", "R2P")
+COUNTED = ("UTMALDG", "UTMASTG", "MUFU.EX2", "LDL", "STL", "USETMAXREG", "WARPGROUP.DEPBAR", "R2P")
 WGMMA = ("HGMMA", "QGMMA")  # Hopper's matrix instructions: fp16 and bf16; fp8
 MATRIX = {"fp16": "HGMMA", "bf16": "HGMMA"}  # dtype -> the only matrix instruction that a kernel may use
 WGMMA_K = {"fp16": 16, "bf16": 16}  # what one WGMMA sums over (PTX ISA, wgmma.mma_async shapes)
@@ -40,6 +40,7 @@ class Predicted:
     setmaxnreg: tuple  # registers of a (producer, consumer) thread afterwards
     shared: int  # bytes of dynamic shared memory
     threads: int
+    staged: bool  # O leaves by TMA
 
     @classmethod
     def of(cls, config):
@@ -50,6 +51,7 @@ class Predicted:
             setmaxnreg=tuple(config.registers),
             shared=config.shared_memory,
             threads=config.threads,
+            staged=config.o_staged,
         )
 
 
@@ -178,6 +180,8 @@ def problems(report):
         )
     if not n["UTMALDG"]:
         found.append("no TMA load (UTMALDG)")
+    if want.staged and not n["UTMASTG"]:
+        found.append("no TMA store (UTMASTG)")
     if report.registers != want.registers:
         found.append(f"{report.registers} registers at entry, the config predicted {want.registers}")
     if report.setmaxnreg != want.setmaxnreg:
@@ -204,6 +208,7 @@ COLUMNS = {  # of the table: header -> what stands there
     "matrix": lambda r: " ".join(f"{count} {name}" for name, count in r.matrix.items() if count),
     "DEPBAR": lambda r: r.counts["WARPGROUP.DEPBAR"],
     "UTMALDG": lambda r: r.counts["UTMALDG"],
+    "UTMASTG": lambda r: r.counts["UTMASTG"],
     "EX2": lambda r: r.counts["MUFU.EX2"],
     "R2P": lambda r: r.counts["R2P"],
     "instructions": lambda r: r.instructions,

@@ -12,8 +12,8 @@ FORWARD = {
     (64, "causal"): dict(tile_m=192, tile_n=128, max_chains=4),
     (128, "none"): dict(tile_m=128, tile_n=128, q_in_registers=True, late_release=True),
     (128, "causal"): dict(tile_m=128, tile_n=128, q_in_registers=True, late_release=True),
-    (256, "none"): dict(tile_m=128, tile_n=80),
-    (256, "causal"): dict(tile_m=128, tile_n=80),
+    (256, "none"): dict(tile_m=128, tile_n=80, late_release=True),
+    (256, "causal"): dict(tile_m=128, tile_n=80, late_release=True),
 }
 L2_SHARE = 0.6  # of the L2 cache, for the K and V of the heads worked on together
 

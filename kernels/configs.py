@@ -59,7 +59,6 @@ class ForwardConfig:
     max_chains: int = 1
     late_release: bool = False
     lse: bool = True
-    knobs: str = ""
 
     family = "forward"
 

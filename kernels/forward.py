@@ -1,6 +1,6 @@
 """FlashAttention-3's forward pass for Hopper (arXiv 2407.08608, Algorithms 1 and 2).
 
-A CTA is one producer warpgroup, of which one thread drives TMA, and one to three consumer warpgroups of 64 query rows
+A CTA is one producer warpgroup, of which two warps drive TMA, and one to three consumer warpgroups of 64 query rows
 each. The names are the paper's: S = Q Kᵀ, P = exp(S - m), O = P V, m and l the running row maximum and sum.
 """
 
@@ -44,7 +44,7 @@ class Consumer:
     qk: Constexpr  # the WGMMA operation of S = Q Kᵀ
     pv: Constexpr  # and of O = P V
     sQ: cute.Tensor  # Q in shared memory, (64, head_dim, slot)
-    Q: cute.Tensor  # Q, K, V as operands: of shared memory, but Q in registers where the config says so
+    Q: cute.Tensor  # Q, K, V as operands: in shared memory, but Q in registers where the config says so
     K: cute.Tensor
     V: cute.Tensor
     S: cute.Tensor  # registers
@@ -95,7 +95,7 @@ class ForwardKernel:
             smem=c.shared_memory,
             stream=stream,
             min_blocks_per_mp=1,
-            use_pdl="nopdl" not in c.knobs,
+            use_pdl=True,
         )
 
     def fake_arguments(self):
@@ -164,9 +164,8 @@ class ForwardKernel:
                     cpasync.prefetch_descriptor(copy)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        if cutlass.const_expr("nopdl" not in c.knobs):
-            cute.arch.griddepcontrol_wait()  # what stands above may run while the kernel before this one on the stream ends
-            cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()  # what stands above may run while the kernel before this one on the stream ends
+        cute.arch.griddepcontrol_launch_dependents()
 
         seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
         heads, batch = Q.shape[2], Q.shape[3]
@@ -219,7 +218,7 @@ class ForwardKernel:
         following = position
         while position < schedule.tiles.length():
             tile, head, batch = schedule.tiles.tile(position)
-            n_stop, n_unmasked = mask.key_tiles(tile * c.tile_m, c.tile_m)
+            n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
             source_k = TmaSource.of_head(rings[0], copies[0], shared[0], tensors[0], head // group, batch)
             source_v = TmaSource.of_head(rings[1], copies[1], shared[1], tensors[1], head // group, batch)
             k_at = source_k.bring(n_stop - 1, k_at)
@@ -450,7 +449,7 @@ class ForwardKernel:
 
     @cute.jit
     def release_q(self, t: Consumer, n, q_at):
-        """Lets the producer overwrite Q once the last S is there (Q in registers: as soon as it is there)."""
+        """Lets the producer overwrite Q once the tile's last S is there; Q in registers was released by start_tile."""
         if cutlass.const_expr(not self.config.q_in_registers):
             if n == 0:
                 t.q_ring.consumer_release(q_at)

@@ -62,6 +62,7 @@ def test_what_is_accepted_fits_an_sm():
         (dict(max_chains=0), "max_chains must be from 1 to .*32, got 0"),
         (dict(stages=0), "stages must be .*, got 0"),
         (dict(scheduler="random"), "scheduler must be one of .*'persistent'.*, got 'random'"),
+        (dict(q_stages=3), "q_stages must be one of .*, got 3"),
         (dict(stages=1, overlap=True), "overlap .*stages >= 2, got 1"),
         (dict(tile_m=64, pingpong=True), "pingpong needs two consumer warpgroups, got tile_m=64"),
     ],

@@ -21,6 +21,7 @@ VARIANTS = {
     "one warpgroup": dict(tile_m=64, pingpong=False),
     "tile_n 64": dict(tile_n=64),
     "tile_n 176": dict(tile_n=176),
+    "two stages of Q": dict(q_stages=2),
     "Q in registers": dict(q_in_registers=True),
     "Q in registers, persistent": dict(q_in_registers=True, scheduler="persistent"),
     "rescale always": dict(rescale_from=0.0),
@@ -28,6 +29,9 @@ VARIANTS = {
     "late release": dict(late_release=True, rescale_from=0.0),
     "d 64, three warpgroups, single": dict(head_dim=64, tile_m=192, scheduler="single"),
     "d 64, three warpgroups, no pingpong": dict(head_dim=64, tile_m=192, pingpong=False),
+    "d 64, three warpgroups, no overlap": dict(head_dim=64, tile_m=192, overlap=False),
+    "d 64, three warpgroups, narrow tiles": dict(head_dim=64, tile_m=192, tile_n=32),  # key tiles that one warpgroup alone sees
+    "d 64, more stages": dict(head_dim=64, tile_m=192, stages=4, q_stages=2),
     "d 64, late release": dict(head_dim=64, tile_m=192, late_release=True),
     "d 256, single": dict(head_dim=256, tile_n=80, scheduler="single"),
     "d 256, no overlap": dict(head_dim=256, tile_n=64, overlap=False),
