@@ -214,10 +214,9 @@ class ForwardKernel:
         """
         c = self.config
         k_at, v_at, s_at = barriers.producing(c.stages), barriers.producing(c.stages), barriers.producing(1)
-        position = schedule.first()
-        following = position
+        position, ticket = schedule.first(), Int32(0)
+        tile, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length():
-            tile, head, batch = schedule.tiles.tile(position)
             n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
             source_k = TmaSource.of_head(rings[0], copies[0], shared[0], tensors[0], head // group, batch)
             source_v = TmaSource.of_head(rings[1], copies[1], shared[1], tensors[1], head // group, batch)
@@ -226,7 +225,7 @@ class ForwardKernel:
                 n = n_stop - 1 - step
                 near_end = step == max(n_stop - CLAIM_AHEAD, 0)
                 if near_end:
-                    following = schedule.claim(position)
+                    ticket = schedule.claim()
                 if cutlass.const_expr(not c.overlap):
                     v_at = source_v.bring(n, v_at)
                 if n > 0:
@@ -234,8 +233,8 @@ class ForwardKernel:
                 if cutlass.const_expr(c.overlap):
                     v_at = source_v.bring(n, v_at)
                 if near_end:
-                    s_at = schedule.tell(following, s_at)
-            position = following
+                    position, (tile, head, batch) = schedule.claimed(ticket, position)
+                    s_at = schedule.tell(position, (tile, head, batch), s_at)
         schedule.finish()
         rings[0].producer_tail(k_at)
         rings[1].producer_tail(v_at)
@@ -294,6 +293,8 @@ class ForwardKernel:
                 going_on = True
                 while going_on:
                     k_at, v_at = self.mainloop(t, tile, n, n_unmasked, q_at, k_at, v_at)
+                    if cutlass.const_expr(not (c.q_waits or c.q_in_registers)):
+                        t.q_ring.consumer_release(q_at)
                     q_at.advance(c.consumer_warpgroups)
                     finished = tile, head, batch
                     position, (tile, head, batch), s_at = schedule.hear(position, s_at)
@@ -449,8 +450,8 @@ class ForwardKernel:
 
     @cute.jit
     def release_q(self, t: Consumer, n, q_at):
-        """Lets the producer overwrite Q once the tile's last S is there; Q in registers was released by start_tile."""
-        if cutlass.const_expr(not self.config.q_in_registers):
+        """Where the next Q waits for it, lets the producer overwrite Q as soon as the tile's last S is there."""
+        if cutlass.const_expr(self.config.q_waits):
             if n == 0:
                 t.q_ring.consumer_release(q_at)
 

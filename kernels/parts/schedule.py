@@ -71,26 +71,44 @@ class Schedule:
         return following
 
     @cute.jit
-    def claim(self, position):
-        """One warp of the CTA: the position after this one."""
+    def claim(self):
+        """One warp of the CTA: asks for a position; `claimed` waits for the answer, which takes a round trip to the L2.
+
+        An increment up to a bound that is never met, and not an addition: of that ptxas makes a vote, an atomic and a
+        shuffle that waits for it at once.
+        """
+        ticket = Int32(0)
         if cutlass.const_expr(self.kind == "dynamic"):
-            claimed = Int32(0)
-            if self.tiles.length() > cute.arch.grid_dim()[0]:
-                if cute.arch.lane_idx() == 0:
-                    claimed = cute.arch.atomic_add(self.counter.iterator, Int32(1), sem="relaxed", scope="gpu")
-            following = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(claimed, 0)
-        else:
-            following = self.following(position)
-        return following
+            ticket = cute.arch.inline_ptx(
+                "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], 0x7fffffff;",
+                write_only_types=[Int32],
+                read_only_args=[self.counter.iterator.toint()],
+                predicate=self.counted() and cute.arch.lane_idx() == 0,
+            )
+        return ticket
 
     @cute.jit
-    def tell(self, position, at):
+    def claimed(self, ticket, position):
+        """The same warp: the position after this one, from what `claim` returned, and its (query tile, head, batch)."""
+        if cutlass.const_expr(self.kind == "dynamic"):
+            following = self.tiles.length()
+            if self.counted():
+                following = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(ticket, 0)
+        else:
+            following = self.following(position)
+        return following, self.tiles.tile(following)
+
+    def counted(self):
+        """Whether positions are claimed at all: not where every tile is some CTA's first."""
+        return self.tiles.length() > cute.arch.grid_dim()[0]
+
+    @cute.jit
+    def tell(self, position, place, at):
         """The same warp: hands the others a claimed position; returns the next place in the ring."""
         if cutlass.const_expr(self.kind == "dynamic"):
             self.ring.producer_acquire(at)
-            tile, head, batch = self.tiles.tile(position)
             if cute.arch.lane_idx() == 0:
-                self.slot[0], self.slot[1], self.slot[2], self.slot[3] = position, tile, head, batch
+                self.slot[0], self.slot[1], self.slot[2], self.slot[3] = position, *place
                 self.ring.producer_commit(at)
             at.advance()
         return at
@@ -116,7 +134,7 @@ class Schedule:
     def finish(self):
         """The claiming warp, at the end: the last CTA to get here leaves the counter as it found it, zero."""
         if cutlass.const_expr(self.kind == "dynamic"):
-            if self.tiles.length() > cute.arch.grid_dim()[0] and cute.arch.lane_idx() == 0:
+            if self.counted() and cute.arch.lane_idx() == 0:
                 cute.arch.fence_acq_rel_gpu()
                 done = cute.arch.atomic_add(self.counter.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
                 if done == cute.arch.grid_dim()[0] - 1:
