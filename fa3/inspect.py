@@ -6,7 +6,7 @@
 >>> report.stack, report.counts["HGMMA"], problems(report)
 
 `problems` is the rule that every shipped config is held to: no spills, no matrix instructions but the expected ones, TMA
-loads (and stores, where O is staged), registers and shared memory as the config predicted, and WGMMAs that stay in flight.
+in and out, registers and shared memory as the config predicted, and WGMMAs that stay in flight.
 """
 
 import json
@@ -40,7 +40,6 @@ class Predicted:
     setmaxnreg: tuple  # registers of a (producer, consumer) thread afterwards
     shared: int  # bytes of dynamic shared memory
     threads: int
-    staged: bool  # O leaves by TMA
 
     @classmethod
     def of(cls, config):
@@ -51,7 +50,6 @@ class Predicted:
             setmaxnreg=tuple(config.registers),
             shared=config.shared_memory,
             threads=config.threads,
-            staged=config.o_staged,
         )
 
 
@@ -180,7 +178,7 @@ def problems(report):
         )
     if not n["UTMALDG"]:
         found.append("no TMA load (UTMALDG)")
-    if want.staged and not n["UTMASTG"]:
+    if not n["UTMASTG"]:
         found.append("no TMA store (UTMASTG)")
     if report.registers != want.registers:
         found.append(f"{report.registers} registers at entry, the config predicted {want.registers}")

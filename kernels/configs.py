@@ -92,6 +92,11 @@ class ForwardConfig:
             raise ConfigError(
                 f"{self} needs {self.shared_memory} bytes of shared memory, a Hopper block has {SHARED_MEMORY_LIMIT}"
             )
+        if self.o_borrows_v and self.tile_m * self.o_columns > self.tile_n * self.head_dim:
+            raise ConfigError(
+                f"{self} leaves O neither {self.tile_m} rows of shared memory of its own (of {SHARED_MEMORY_LIMIT} bytes) "
+                f"nor a stage of V that holds {self.o_columns} columns of them"
+            )
         if self.live_registers > self.registers[1]:
             raise ConfigError(
                 f"{self} keeps at least {self.live_registers} registers live in a consumer thread, "
@@ -128,9 +133,9 @@ class ForwardConfig:
 
     @property
     def tile_bytes(self):
-        """Bytes of the shared-memory tile of Q (one stage of it), of one stage of K (or V), and of O where that is staged."""
+        """Bytes of the shared-memory tile of Q (one stage of it), of one stage of K (or V), and of O where it has its own."""
         row = self.head_dim * DTYPE_BYTES[self.dtype]
-        return {"Q": self.tile_m * row, "K": self.tile_n * row, "O": self.tile_m * row if self.o_staged else 0}
+        return {"Q": self.tile_m * row, "K": self.tile_n * row, "O": 0 if self.o_borrows_v else self.tile_m * row}
 
     @property
     def q_slots(self):
@@ -143,11 +148,19 @@ class ForwardConfig:
         return self.q_stages == 1 and not self.q_in_registers
 
     @property
-    def o_staged(self):
-        """Whether O leaves through shared memory: where there is room for it."""
+    def o_borrows_v(self):
+        """Whether O leaves through a stage of V, which is lent out after each tile: where there is no room for its own."""
         row = self.head_dim * DTYPE_BYTES[self.dtype]
-        tiles = (1 + self.q_stages) * self.tile_m + 2 * self.stages * self.tile_n
-        return tiles * row + self.barrier_bytes <= SHARED_MEMORY_LIMIT
+        own = (1 + self.q_stages) * self.tile_m + 2 * self.stages * self.tile_n
+        return own * row + self.barrier_bytes > SHARED_MEMORY_LIMIT
+
+    @property
+    def o_columns(self):
+        """Columns of O that its place in shared memory holds at a time: all, or the part that a stage of V has room for."""
+        columns = self.head_dim
+        while self.o_borrows_v and columns > 64 and self.tile_m * columns > self.tile_n * self.head_dim:
+            columns //= 2
+        return columns
 
     @property
     def barrier_bytes(self):

@@ -18,7 +18,7 @@ from .configs import WARPGROUP, ForwardConfig
 from .parts import barriers, tiles, wgmma
 from .parts.barriers import WARP, Turns
 from .parts.mask import RightMask
-from .parts.output import WARP_ROWS, DirectOutput, StagedOutput
+from .parts.output import WARP_ROWS, StagedOutput
 from .parts.rounding import round_into
 from .parts.schedule import Schedule, TileList
 from .parts.softmax import LOG2_E, OnlineSoftmax
@@ -81,10 +81,8 @@ class ForwardKernel:
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
-        o_layout, store_o = None, None
-        if cutlass.const_expr(c.o_staged):
-            o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_m // WARP_ROWS)
-            store_o, O = tiles.tma_store(O, o_layout, WARP_ROWS, c.head_dim)
+        o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.o_columns, c.tile_m // WARP_ROWS)
+        store_o, O = tiles.tma_store(O, o_layout, WARP_ROWS, c.o_columns)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
         grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
         copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, o_layout)
@@ -118,7 +116,7 @@ class ForwardKernel:
     @cute.kernel
     def kernel(
         self,
-        copies: tuple[cute.CopyAtom, cute.CopyAtom, cute.CopyAtom, cute.CopyAtom | None],
+        copies: tuple[cute.CopyAtom, cute.CopyAtom, cute.CopyAtom, cute.CopyAtom],
         Q: cute.Tensor,
         K: cute.Tensor,
         V: cute.Tensor,
@@ -127,7 +125,7 @@ class ForwardKernel:
         scale_log2: Float32,
         head_group: Int32,
         counter: cute.Tensor | None,
-        layouts: tuple[cute.ComposedLayout, cute.ComposedLayout, cute.ComposedLayout | None],
+        layouts: tuple[cute.ComposedLayout, cute.ComposedLayout, cute.ComposedLayout],
     ):
         c = self.config
         thread = cute.arch.thread_idx()[0]
@@ -145,11 +143,12 @@ class ForwardKernel:
             smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
             for layout in (q_layout, k_layout, k_layout)
         )
-        if cutlass.const_expr(c.o_staged):
+        sO, o_stages = sV, c.stages
+        if cutlass.const_expr(not c.o_borrows_v):
             sO = smem.allocate_tensor(self.dtype, o_layout.outer, byte_alignment=1024, swizzle=o_layout.inner)
-            output = StagedOutput(copies[3], sO, O, c.consumer_warpgroups)
-        else:
-            output = DirectOutput(O, c.consumer_warpgroups)
+            o_stages = 1
+        o_stride = c.tile_n * c.head_dim  # of V's stages; one of its own has none
+        output = StagedOutput.in_memory(copies[3], sO, o_layout, o_stages, o_stride, O, c.consumer_warpgroups)
 
         consumer_warps = c.consumer_warpgroups * WARPGROUP // WARP
         q_ring = barriers.tma_ring(q_barriers, c.q_slots, c.tile_bytes["Q"] // c.consumer_warpgroups, WARPGROUP // WARP)
@@ -160,8 +159,7 @@ class ForwardKernel:
             schedule_ring = barriers.thread_ring(schedule_barriers, 1, consumer_warps + 1)
         if warp_index == 0:
             for copy in copies:
-                if cutlass.const_expr(copy is not None):
-                    cpasync.prefetch_descriptor(copy)
+                cpasync.prefetch_descriptor(copy)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()  # what stands above may run while the kernel before this one on the stream ends
@@ -221,6 +219,7 @@ class ForwardKernel:
             source_k = TmaSource.of_head(rings[0], copies[0], shared[0], tensors[0], head // group, batch)
             source_v = TmaSource.of_head(rings[1], copies[1], shared[1], tensors[1], head // group, batch)
             k_at = source_k.bring(n_stop - 1, k_at)
+            v_at = self.lend_v(rings[1], v_at)  # to O of the tile before; the first tile's is let pass
             for step in cutlass.range(n_stop, unroll=1):
                 n = n_stop - 1 - step
                 near_end = step == max(n_stop - CLAIM_AHEAD, 0)
@@ -235,11 +234,16 @@ class ForwardKernel:
                 if near_end:
                     position, (tile, head, batch) = schedule.claimed(ticket, position)
                     s_at = schedule.tell(position, (tile, head, batch), s_at)
+        v_at = self.lend_v(rings[1], v_at)
         schedule.finish()
         rings[0].producer_tail(k_at)
         rings[1].producer_tail(v_at)
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule.ring.producer_tail(s_at)
+
+    def lend_v(self, ring, v_at):
+        """A stage of V for the consumers to write O to, if they have no other place."""
+        return barriers.lend(ring, v_at) if self.config.o_borrows_v else v_at
 
     def consumer(self, thread, mask, turns, softmax, rings, sQ, sK, sV):
         """A consumer warpgroup with its operands laid out."""
@@ -278,6 +282,7 @@ class ForwardKernel:
         k_at, v_at, s_at = barriers.consuming(c.stages), barriers.consuming(c.stages), barriers.consuming(1)
         t.turns.begin()
         t.O.fill(0.0)
+        v_at = self.let_pass(t.v_ring, v_at, c.o_borrows_v)
         position = schedule.first()
         tile, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length():
@@ -287,9 +292,10 @@ class ForwardKernel:
             else:
                 self.load_q(t, q_at)
                 t.turns.take()
-                n, n_unmasked, k_at, v_at = self.start_tile(t, tile, q_at, k_at, v_at)
+                n, n_unmasked, skipped, k_at = self.start_tile(t, tile, q_at, k_at)
                 t.turns.give()
                 k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=True)
+                v_at = self.let_pass(t.v_ring, v_at, skipped)
                 going_on = True
                 while going_on:
                     k_at, v_at = self.mainloop(t, tile, n, n_unmasked, q_at, k_at, v_at)
@@ -301,20 +307,22 @@ class ForwardKernel:
                     going_on = c.overlap and position < schedule.tiles.length() and self.has_rows(t, tile)
                     if going_on:
                         self.load_q(t, q_at)
-                        v_last = v_at.clone()
                         t.v_ring.consumer_wait(v_at)
                         t.turns.take()
                         self.issue_o(t, v_at)
-                        v_at.advance()
-                        n, n_unmasked, k_at, v_at = self.start_tile(t, tile, q_at, k_at, v_at)
+                        n, n_unmasked, skipped, k_at = self.start_tile(t, tile, q_at, k_at)
                         t.turns.give()
                         wgmma.wait(1)
-                        t.v_ring.consumer_release(v_last)
-                        self.epilogue(t, output, LSE, *finished)
+                        t.v_ring.consumer_release(v_at)
+                        v_at.advance()
+                        self.epilogue(t, output, LSE, *finished, v_at)
                         k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=True)
+                        v_at = self.return_v(t, output, v_at)
+                        v_at = self.let_pass(t.v_ring, v_at, skipped)
                     else:
                         v_at = self.o_alone(t, v_at)
-                        self.epilogue(t, output, LSE, *finished)
+                        self.epilogue(t, output, LSE, *finished, v_at)
+                        v_at = self.return_v(t, output, v_at)
         output.finish()
 
     def has_rows(self, t: Consumer, tile):
@@ -322,21 +330,28 @@ class ForwardKernel:
         return tile * self.config.tile_m + t.index * ROWS < t.mask.seqlen_q
 
     @cute.jit
+    def let_pass(self, ring, at, whether):
+        """A stage that this warpgroup has no use for; returns the next place."""
+        if whether:
+            ring.consumer_wait(at)
+            ring.consumer_release(at)
+            at.advance()
+        return at
+
+    @cute.jit
     def pass_over(self, t: Consumer, tile, q_at, k_at, v_at):
         """A tile without rows for this warpgroup: takes part in what the others wait for."""
+        c = self.config
         t.q_ring.consumer_wait(q_at)
         t.q_ring.consumer_release(q_at)
-        q_at.advance(self.config.consumer_warpgroups)
-        n_stop, _ = t.mask.key_tiles(tile * self.config.tile_m, self.config.tile_m)
+        q_at.advance(c.consumer_warpgroups)
+        n_stop, _ = t.mask.key_tiles(tile * c.tile_m, c.tile_m)
         for step in cutlass.range(n_stop, unroll=1):
-            t.k_ring.consumer_wait(k_at)
-            t.k_ring.consumer_release(k_at)
-            k_at.advance()
+            k_at = self.let_pass(t.k_ring, k_at, True)
             t.turns.take()
             t.turns.give()
-            t.v_ring.consumer_wait(v_at)
-            t.v_ring.consumer_release(v_at)
-            v_at.advance()
+            v_at = self.let_pass(t.v_ring, v_at, True)
+        v_at = self.let_pass(t.v_ring, v_at, c.o_borrows_v)
         return q_at, k_at, v_at
 
     @cute.jit
@@ -347,21 +362,21 @@ class ForwardKernel:
             wgmma.load_operand(t.qk, t.Q, t.sQ[None, None, q_at.index], t.thread)
 
     @cute.jit
-    def start_tile(self, t: Consumer, tile, q_at, k_at, v_at):
-        """S of the first keys that this warpgroup's rows see, in flight. Returns their tile, and the first unmasked one."""
+    def start_tile(self, t: Consumer, tile, q_at, k_at):
+        """S of the first keys that this warpgroup's rows see, in flight.
+
+        Returns their tile, the first tile without a mask, and whether one was skipped, whose V is yet to be let pass.
+        """
         c = self.config
         tile_stop, _ = t.mask.key_tiles(tile * c.tile_m, c.tile_m)
         n_stop, n_unmasked = t.mask.key_tiles(tile * c.tile_m + t.index * ROWS, ROWS)
+        skipped = False
         if cutlass.const_expr(t.mask.causal):
-            if n_stop < tile_stop:  # only the other warpgroups' rows see the tile's first keys
-                n_stop = tile_stop - 1  # one tile at a time: V of the next one comes after this tile's own
-                t.k_ring.consumer_wait(k_at)
-                t.k_ring.consumer_release(k_at)
-                k_at.advance()
+            skipped = n_stop < tile_stop  # only other warpgroups' rows see the tile's first keys
+            if skipped:
+                n_stop = tile_stop - 1  # no more than one: the producer goes no further while this tile's V isn't taken
+                k_at = self.let_pass(t.k_ring, k_at, True)
                 t.turns.give()
-                t.v_ring.consumer_wait(v_at)
-                t.v_ring.consumer_release(v_at)
-                v_at.advance()
                 t.turns.take()
         if cutlass.const_expr(not c.q_in_registers):
             t.q_ring.consumer_wait(q_at)
@@ -369,7 +384,7 @@ class ForwardKernel:
         self.issue_s(t, q_at, k_at)
         if cutlass.const_expr(c.q_in_registers):
             t.q_ring.consumer_release(q_at)  # not before the WGMMAs that wait for the loads
-        return n_stop - 1, n_unmasked, k_at, v_at
+        return n_stop - 1, n_unmasked, skipped, k_at
 
     @cute.jit
     def p_alone(self, t: Consumer, tile, n, n_unmasked, q_at, k_at, first: Constexpr[bool]):
@@ -466,14 +481,28 @@ class ForwardKernel:
         wgmma.issue(t.pv, t.O, P, t.V[None, None, None, v_at.index], zero=False)
 
     @cute.jit
-    def epilogue(self, t: Consumer, output, LSE, tile, head, batch):
-        """O and LSE to memory, but for the rows past the end; O is zero afterwards."""
+    def epilogue(self, t: Consumer, output, LSE, tile, head, batch, v_at):
+        """O and LSE to memory, but for the rows past the end; O is zero afterwards. v_at: the stage of V lent for it, if one is."""
+        c = self.config
         t.softmax.finish(t.O)
         if cutlass.const_expr(LSE is not None):
             if t.thread % 4 == 0:
                 for r in cutlass.range_constexpr(2):
-                    row = tile * self.config.tile_m + t.index * ROWS + wgmma.row_in_tile(t.thread, r)
+                    row = tile * c.tile_m + t.index * ROWS + wgmma.row_in_tile(t.thread, r)
                     if row < t.mask.seqlen_q:
                         LSE[batch, head, row] = t.softmax.m[r]
-        output.write(t.pv, t.O, tile, head, batch, t.index, t.thread)
+        stage = 0
+        if cutlass.const_expr(c.o_borrows_v):
+            t.v_ring.consumer_wait(v_at)
+            stage = v_at.index
+        output.write(t.O, stage, tile, head, batch, t.index, t.thread)
         t.O.fill(0.0)
+
+    @cute.jit
+    def return_v(self, t: Consumer, output, v_at):
+        """Gives back the stage of V that O went through, if one was lent; returns the next place."""
+        if cutlass.const_expr(self.config.o_borrows_v):
+            output.finish()
+            t.v_ring.consumer_release(v_at)
+            v_at.advance()
+        return v_at

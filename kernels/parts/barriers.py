@@ -48,6 +48,16 @@ def consuming(stages, first=0):
 
 
 @cute.jit
+def lend(ring, at):
+    """Producer warp: leaves a stage, once it is empty, to the consumers to write to; returns the next place."""
+    ring.sync_object_empty.wait(at.index, at.phase)
+    if cute.arch.lane_idx() == 0:
+        cute.arch.mbarrier_arrive(ring.producer_get_barrier(at))
+    at.advance()
+    return at
+
+
+@cute.jit
 def release_after(ring, at, value: cute.Tensor):
     """consumer_release that can't be moved up before value[0] is computed: its predicate looks at the value, in vain."""
     if ring.is_signaling_thread or cute.recast_tensor(value, Int32)[0] == UNMADE_NAN:

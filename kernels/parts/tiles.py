@@ -30,10 +30,13 @@ def tma_store(tensor, layout, rows, columns):
 
 
 @cute.jit
-def partition(atom: cute.CopyAtom, shared: cute.Tensor, tensor: cute.Tensor, head, batch):
-    """(shared side by stage, global side by tile) of a TMA copy of the (rows, columns) tiles of one head."""
+def partition(atom: cute.CopyAtom, shared: cute.Tensor, tensor: cute.Tensor, head, batch, part=0):
+    """(shared side by stage, global side by tile) of a TMA copy of the (rows, columns) tiles of one head.
+
+    part: which columns, in tiles, where the tile hasn't got all of them.
+    """
     rows, columns = cute.size(shared, mode=[0]), cute.size(shared, mode=[1])
-    tiles = cute.local_tile(tensor[None, None, head, batch], (rows, columns), (None, 0))
+    tiles = cute.local_tile(tensor[None, None, head, batch], (rows, columns), (None, part))
     return cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2)
     )

@@ -59,6 +59,12 @@ def flat(fragment):
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
 
 
+def columns(fragment, part, parts):
+    """Part `part` of an accumulator's columns, cut into so many parts: the accumulator of a narrower WGMMA."""
+    size = cute.size(fragment) // parts
+    return cute.make_tensor(fragment.iterator + part * size, cute.make_layout(((2, 2, size // 4), 1, 1)))
+
+
 def row_of(fragment, r):
     """The flat indices of row half r of an accumulator."""
     return [i for i in range(cute.size(fragment)) if i // 2 % 2 == r]
