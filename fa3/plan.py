@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from .kernels.configs import DTYPE_BYTES, ForwardConfig
 from .problem import Problem
 
-# (head_dim, mask) -> what differs from ForwardConfig's defaults. Chosen by the sweeps of perf/NOTES.md, the last of which is
-# perf/results/2026-11-22-sweep-fwd-h200.json; measured beside the peers in 2026-11-22-paper-fwd-h200-2.json.
+# (head_dim, mask) -> what differs from ForwardConfig's defaults. Chosen by the sweeps of perf/NOTES.md, the last of which are
+# perf/results/2026-11-22-sweep-fwd-h200.json and 2026-11-22-stream-fwd-h200.json.
 FORWARD = {
     (64, "none"): dict(tile_m=192, tile_n=128, q_stages=2, rescale_from=0.0),
     (64, "causal"): dict(tile_m=192, tile_n=128, q_stages=2, max_chains=4),
