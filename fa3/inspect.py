@@ -78,12 +78,11 @@ class Report:
 def expected_wgmmas(config):
     """WGMMAs in a forward kernel's code: S = Q Kᵀ sums over head_dim, O += P V over tile_n.
 
-    Without overlap both stand there for a tile's first keys and in the loop. With it, S stands there for the very first tile,
-    in the loop and before the next tile, O in the loop, before the next tile and for the very last tile; a causal mask adds a
-    loop of its own, over the keys that need it.
+    S stands there for a tile's first keys and in the loop, O in the loop and for a tile's last keys. With overlap, both once
+    more for the passage from one tile to the next, where a CTA has several, and for the loop over the keys that a causal mask cuts.
     """
     k = WGMMA_K[config.dtype]
-    copies = (3 if config.mask == "none" else 4) if config.overlap else 2
+    copies = 2 + (config.overlap and config.scheduler != "single") + (config.overlap and config.mask == "causal")
     return copies * (config.head_dim // k + config.tile_n // k)
 
 
@@ -180,8 +179,9 @@ def problems(report):
         found.append("no TMA load (UTMALDG)")
     if not n["UTMASTG"]:
         found.append("no TMA store (UTMASTG)")
-    if report.registers != want.registers:
-        found.append(f"{report.registers} registers at entry, the config predicted {want.registers}")
+    if report.registers > want.registers or (want.setmaxnreg and report.registers < want.registers):
+        at_most = "" if want.setmaxnreg else "at most "
+        found.append(f"{report.registers} registers at entry, the config predicted {at_most}{want.registers}")
     if report.setmaxnreg != want.setmaxnreg:
         found.append(f"setmaxnreg to {list(report.setmaxnreg)} registers, the config predicted {list(want.setmaxnreg)}")
     if report.threads != want.threads:

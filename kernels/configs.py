@@ -32,6 +32,8 @@ class ForwardConfig:
     tile_n: keys of one step of the mainloop, a multiple of 16.
     stages: tiles of K, and of V, that are in flight.
     q_stages: tiles of Q in shared memory; with 2, or in registers, the next one is there before this one is done with.
+    warp_specialised: a producer warpgroup does all loading; without, a consumer warp loads between its WGMMAs, one step ahead
+        (for comparison: the paper's Table 2).
     pingpong: warpgroups take turns on the tensor cores, one's softmax under the other's GEMMs (paper, section 3.1).
     overlap: S of the next tile is issued before the softmax of this one (paper, section 3.2, Algorithm 2).
     scheduler: "single", one CTA a tile; "persistent", one CTA an SM, each with its list of tiles; or "dynamic", one CTA
@@ -41,6 +43,7 @@ class ForwardConfig:
         every tile, and without a branch.
     max_chains: independent chains in which a thread takes the maximum of a row of S.
     late_release: with overlap, K's stage is released, and O awaited, after the first row's exponentials and not before.
+    peek: with overlap, whether the next K is there is asked before P is rounded, and waited for only if it wasn't.
     lse: write the log-sum-exp of each query row.
     """
 
@@ -51,6 +54,7 @@ class ForwardConfig:
     tile_n: int = 128
     stages: int = 2
     q_stages: int = 1
+    warp_specialised: bool = True
     pingpong: bool = True
     overlap: bool = True
     scheduler: str = "dynamic"
@@ -58,6 +62,7 @@ class ForwardConfig:
     rescale_from: float = 8.0
     max_chains: int = 1
     late_release: bool = False
+    peek: bool = False
     lse: bool = True
 
     family = "forward"
@@ -86,6 +91,16 @@ class ForwardConfig:
             raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
         if self.late_release and not self.overlap:
             raise ConfigError("late_release places a wait of the overlapped mainloop and needs overlap=True, got False")
+        if not self.warp_specialised:
+            for name, needed in (("mask", "none"), ("overlap", True), ("pingpong", False)):
+                if getattr(self, name) != needed:
+                    raise ConfigError(f"warp_specialised=False needs {name}={needed!r}, got {getattr(self, name)!r}")
+            if self.scheduler == "dynamic":
+                raise ConfigError("warp_specialised=False has no warp to claim tiles: scheduler can't be 'dynamic'")
+            if self.q_waits:
+                raise ConfigError("warp_specialised=False loads Q ahead and needs q_stages=2 or q_in_registers=True")
+            if self.o_borrows_v:
+                raise ConfigError(f"{self}: without a producer warpgroup no stage of V is lent to O, which finds no other place")
         if self.pingpong and self.consumer_warpgroups < 2:
             raise ConfigError(f"pingpong needs two consumer warpgroups, got tile_m={self.tile_m} (one)")
         if self.shared_memory > SHARED_MEMORY_LIMIT:
@@ -97,10 +112,10 @@ class ForwardConfig:
                 f"{self} leaves O neither {self.tile_m} rows of shared memory of its own (of {SHARED_MEMORY_LIMIT} bytes) "
                 f"nor a stage of V that holds {self.o_columns} columns of them"
             )
-        if self.live_registers > self.registers[1]:
+        if self.live_registers > self.consumer_registers:
             raise ConfigError(
                 f"{self} keeps at least {self.live_registers} registers live in a consumer thread, "
-                f"which gets {self.registers[1]}"
+                f"which gets {self.consumer_registers}"
             )
 
     __repr__ = _one_line
@@ -111,13 +126,17 @@ class ForwardConfig:
 
     @property
     def threads(self):
-        """Threads of a CTA: one producer warpgroup and the consumers."""
-        return WARPGROUP * (1 + self.consumer_warpgroups)
+        """Threads of a CTA: the producer warpgroup, if there is one, and the consumers."""
+        return WARPGROUP * (self.warp_specialised + self.consumer_warpgroups)
 
     @property
     def registers(self):
-        """Registers of a (producer, consumer) thread after setmaxnreg (paper, section 3.1)."""
-        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[self.consumer_warpgroups]
+        """Registers of a (producer, consumer) thread after setmaxnreg (paper, section 3.1); () where there is no producer."""
+        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[self.consumer_warpgroups] if self.warp_specialised else ()
+
+    @property
+    def consumer_registers(self):
+        return self.registers[1] if self.warp_specialised else self.entry_registers
 
     @property
     def entry_registers(self):

@@ -22,7 +22,7 @@ from .parts.output import WARP_ROWS, StagedOutput
 from .parts.rounding import round_into
 from .parts.schedule import Schedule, TileList
 from .parts.softmax import LOG2_E, OnlineSoftmax
-from .parts.sources import TmaSource
+from .parts.sources import Feeder, TmaSource
 
 DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
 CLAIM_AHEAD = 4  # tiles of K before a tile's end, at which the next tile is claimed: a few steps hide what that takes
@@ -38,6 +38,7 @@ class Consumer:
     mask: RightMask
     turns: Turns
     softmax: OnlineSoftmax
+    feeder: Feeder
     q_ring: pipeline.PipelineTmaAsync
     k_ring: pipeline.PipelineTmaAsync
     v_ring: pipeline.PipelineTmaAsync
@@ -171,21 +172,20 @@ class ForwardKernel:
         tile_list = TileList(c.mask == "causal", query_tiles, heads, batch, head_group)
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slot, counter)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
-        rings = (q_ring, k_ring, v_ring)
-
-        if warpgroup_index == 0:
+        group = heads // K.shape[2]  # query heads of a K/V head
+        loads = (q_ring, k_ring, v_ring), copies[:3], (Q, K, V), (sQ, sK, sV)
+        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, group, output, LSE
+        if cutlass.const_expr(not c.warp_specialised):
+            self.consume(warpgroup_index, *work)
+        elif warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
-                group = heads // K.shape[2]  # query heads of a K/V head
-                self.produce_kv(schedule, mask, (k_ring, v_ring), copies[1:3], (K, V), (sK, sV), group)
+                self.produce_kv(schedule, mask, *(of_all[1:] for of_all in loads), group)
             elif warp_index == 1:
-                self.produce_q(schedule, q_ring, copies[0], Q, sQ)
+                self.produce_q(schedule, *(of_all[0] for of_all in loads))
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
-            softmax = OnlineSoftmax.start(c.rescale_from, c.max_chains, scale_log2)
-            turns = Turns(c.pingpong, c.consumer_warpgroups, warpgroup_index - 1)
-            consumer = self.consumer(thread % WARPGROUP, mask, turns, softmax, rings, sQ, sK, sV)
-            self.consume(consumer, schedule, output, LSE)
+            self.consume(warpgroup_index - 1, *work)
 
     @cute.jit
     def produce_q(self, schedule, ring, copy, Q, sQ):
@@ -245,20 +245,23 @@ class ForwardKernel:
         """A stage of V for the consumers to write O to, if they have no other place."""
         return barriers.lend(ring, v_at) if self.config.o_borrows_v else v_at
 
-    def consumer(self, thread, mask, turns, softmax, rings, sQ, sK, sV):
+    def consumer(self, index, thread, mask, scale_log2, loads, group):
         """A consumer warpgroup with its operands laid out."""
-        c, w = self.config, turns.warpgroup
+        c = self.config
+        rings, _, _, (sQ, sK, sV) = loads
+        feeds = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARP) == 0
         q_source = warpgroup.OperandSource.RMEM if c.q_in_registers else warpgroup.OperandSource.SMEM
         qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, q_source)
         pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         qk, pv = cute.make_tiled_mma(qk_op), cute.make_tiled_mma(pv_op)
-        own_sQ = sQ[None, None, w] if c.q_in_registers else sQ
+        own_sQ = sQ[None, None, index] if c.q_in_registers else sQ
         return Consumer(
-            w,
+            index,
             thread,
             mask,
-            turns,
-            softmax,
+            Turns(c.pingpong, c.consumer_warpgroups, index),
+            OnlineSoftmax.start(c.rescale_from, c.max_chains, scale_log2),
+            Feeder(not c.warp_specialised, feeds, *loads, group),
             *rings,
             qk_op,
             pv_op,
@@ -272,12 +275,13 @@ class ForwardKernel:
         )
 
     @cute.jit
-    def consume(self, t: Consumer, schedule, output, LSE):
+    def consume(self, index, schedule, mask, scale_log2, thread, loads, group, output, LSE):
         """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE.
 
         With overlap, tiles follow each other as steps do: one's last O and the next one's first S are in flight together.
         """
         c = self.config
+        t = self.consumer(index, thread, mask, scale_log2, loads, group)
         q_at = barriers.consuming(c.q_slots, t.index)
         k_at, v_at, s_at = barriers.consuming(c.stages), barriers.consuming(c.stages), barriers.consuming(1)
         t.turns.begin()
@@ -290,15 +294,17 @@ class ForwardKernel:
                 q_at, k_at, v_at = self.pass_over(t, tile, q_at, k_at, v_at)
                 position, (tile, head, batch), s_at = schedule.hear(position, s_at)
             else:
+                t.feeder.start(tile, head, batch, self.first_n(t, tile), c.consumer_warpgroups, q_at, k_at)
                 self.load_q(t, q_at)
                 t.turns.take()
                 n, n_unmasked, skipped, k_at = self.start_tile(t, tile, q_at, k_at)
                 t.turns.give()
+                t.feeder.step(head, batch, n, k_at, v_at, v_ahead=False)
                 k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=True)
                 v_at = self.let_pass(t.v_ring, v_at, skipped)
                 going_on = True
                 while going_on:
-                    k_at, v_at = self.mainloop(t, tile, n, n_unmasked, q_at, k_at, v_at)
+                    k_at, v_at = self.mainloop(t, tile, head, batch, n, n_unmasked, q_at, k_at, v_at)
                     if cutlass.const_expr(not (c.q_waits or c.q_in_registers)):
                         t.q_ring.consumer_release(q_at)
                     q_at.advance(c.consumer_warpgroups)
@@ -306,12 +312,14 @@ class ForwardKernel:
                     position, (tile, head, batch), s_at = schedule.hear(position, s_at)
                     going_on = c.overlap and position < schedule.tiles.length() and self.has_rows(t, tile)
                     if going_on:
+                        t.feeder.start(tile, head, batch, self.first_n(t, tile), c.consumer_warpgroups, q_at, k_at)
                         self.load_q(t, q_at)
                         t.v_ring.consumer_wait(v_at)
                         t.turns.take()
                         self.issue_o(t, v_at)
                         n, n_unmasked, skipped, k_at = self.start_tile(t, tile, q_at, k_at)
                         t.turns.give()
+                        t.feeder.step(head, batch, n, k_at, v_at, v_ahead=True)
                         wgmma.wait(1)
                         t.v_ring.consumer_release(v_at)
                         v_at.advance()
@@ -324,6 +332,10 @@ class ForwardKernel:
                         self.epilogue(t, output, LSE, *finished, v_at)
                         v_at = self.return_v(t, output, v_at)
         output.finish()
+
+    def first_n(self, t: Consumer, tile):
+        """The key tile that a tile of queries starts with."""
+        return t.mask.key_tiles(tile * self.config.tile_m, self.config.tile_m)[0] - 1
 
     def has_rows(self, t: Consumer, tile):
         """Whether a tile has rows for this warpgroup; the last ones may lie past the end."""
@@ -345,8 +357,7 @@ class ForwardKernel:
         t.q_ring.consumer_wait(q_at)
         t.q_ring.consumer_release(q_at)
         q_at.advance(c.consumer_warpgroups)
-        n_stop, _ = t.mask.key_tiles(tile * c.tile_m, c.tile_m)
-        for step in cutlass.range(n_stop, unroll=1):
+        for step in cutlass.range(self.first_n(t, tile) + 1, unroll=1):
             k_at = self.let_pass(t.k_ring, k_at, True)
             t.turns.take()
             t.turns.give()
@@ -368,13 +379,13 @@ class ForwardKernel:
         Returns their tile, the first tile without a mask, and whether one was skipped, whose V is yet to be let pass.
         """
         c = self.config
-        tile_stop, _ = t.mask.key_tiles(tile * c.tile_m, c.tile_m)
+        n_first = self.first_n(t, tile)
         n_stop, n_unmasked = t.mask.key_tiles(tile * c.tile_m + t.index * ROWS, ROWS)
         skipped = False
         if cutlass.const_expr(t.mask.causal):
-            skipped = n_stop < tile_stop  # only other warpgroups' rows see the tile's first keys
+            skipped = n_stop <= n_first  # only other warpgroups' rows see the tile's first keys
             if skipped:
-                n_stop = tile_stop - 1  # no more than one: the producer goes no further while this tile's V isn't taken
+                n_stop = n_first  # no more than one: the producer goes no further while this tile's V isn't taken
                 k_at = self.let_pass(t.k_ring, k_at, True)
                 t.turns.give()
                 t.turns.take()
@@ -404,17 +415,18 @@ class ForwardKernel:
         return k_at
 
     @cute.jit
-    def mainloop(self, t: Consumer, tile, n, n_unmasked, q_at, k_at, v_at):
+    def mainloop(self, t: Consumer, tile, head, batch, n, n_unmasked, q_at, k_at, v_at):
         """From a P to the last one: key tiles from the last to the first, so that those that need masking come first."""
         first_row = tile * self.config.tile_m + t.index * ROWS
+        k_there = self.peek(t, k_at)
         if cutlass.const_expr(self.config.overlap):
             if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
                 while n > n_unmasked:
                     n -= 1
-                    k_at, v_at = self.overlapped_step(t, first_row, n, q_at, k_at, v_at, masked=True)
+                    k_at, v_at, k_there = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, k_there, masked=True)
             while n > 0:
                 n -= 1
-                k_at, v_at = self.overlapped_step(t, first_row, n, q_at, k_at, v_at, masked=False)
+                k_at, v_at, k_there = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, k_there, masked=False)
         else:
             while n > 0:
                 n -= 1
@@ -427,14 +439,15 @@ class ForwardKernel:
         return k_at, v_at
 
     @cute.jit
-    def overlapped_step(self, t: Consumer, first_row, n, q_at, k_at, v_at, masked: Constexpr[bool]):
+    def overlapped_step(self, t: Consumer, first_row, head, batch, n, q_at, k_at, v_at, k_there, masked: Constexpr[bool]):
         """Algorithm 2's loop: S of tile n and O of tile n + 1 are in flight together, the softmax of tile n follows."""
-        t.k_ring.consumer_wait(k_at)
+        t.k_ring.consumer_wait(k_at, k_there)
         t.turns.take()
         self.issue_s(t, q_at, k_at)
         t.v_ring.consumer_wait(v_at)
         self.issue_o(t, v_at)
         t.turns.give()
+        t.feeder.step(head, batch, n, k_at, v_at, v_ahead=True)
         wgmma.wait(1)
         if cutlass.const_expr(not self.config.late_release):
             t.k_ring.consumer_release(k_at)
@@ -449,9 +462,14 @@ class ForwardKernel:
         wgmma.wait(0)
         t.v_ring.consumer_release(v_at)
         v_at.advance()
+        k_there = self.peek(t, k_at)
         round_into(t.P, t.S)
         t.softmax.rescale(t.O)
-        return k_at, v_at
+        return k_at, v_at, k_there
+
+    def peek(self, t: Consumer, k_at):
+        """Whether the next K is there, asked before it is needed: the answer takes as long as several exponentials."""
+        return barriers.is_full(t.k_ring, k_at) if self.config.peek else None
 
     @cute.jit
     def o_alone(self, t: Consumer, v_at):

@@ -117,8 +117,12 @@ CHUNKED_PREFILL = tuple(
 # So small that the GPU waits for the host
 HOST = tuple(Point(128, causal, 1, 128, 128, 16, 16) for causal in (False, True))
 
+# FlashAttention-3's Table 2: what each of its ideas is worth (measured by perf.sweep, in fp16)
+ABLATION = (Point(128, False, 4, 8448, 8448, 16, 16),)
+
 SUITES = {
     "paper": PAPER,
+    "ablation": ABLATION,
     "shapes": GQA + ODD_LENGTHS + CHUNKED_PREFILL,
     "gqa": GQA,
     "odd-lengths": ODD_LENGTHS,

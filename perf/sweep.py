@@ -1,7 +1,8 @@
 """Times kernel variants against each other and the peers: `python -m perf.sweep --point "128 causal: stages=2,3"`.
 
 Variants are compiled in parallel processes into the disk cache first. Then they are measured on the paper's grid as
-`python -m perf run` measures providers: the same turns in random order, the same check of outputs, the same file.
+`python -m perf run` measures providers (--suite: on another one): the same turns in random order, the same check of outputs,
+the same file.
 """
 
 import argparse
@@ -34,7 +35,7 @@ class Variant(peers.Provider):
     def name(self):
         c = self.config
         flags = ("P" if c.pingpong else "-") + ("O" if c.overlap else "-") + c.scheduler[0]  # s, p or d
-        flags += ("q" if c.q_in_registers else "-") + f"{c.rescale_from:g}c{c.max_chains}" + "l" * c.late_release
+        flags += ("q" if c.q_in_registers else "-") + f"{c.rescale_from:g}c{c.max_chains}" + "l" * c.late_release + "k" * c.peek + "-ws" * (not c.warp_specialised)
         return f"{c.tile_m}x{c.tile_n}s{c.stages}{c.q_stages}{flags}:{self.heads}"
 
     def available(self):
@@ -96,7 +97,8 @@ def compile_one(config):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--point", action="append", required=True, help='"HEAD_DIM MASK: field=value,value ...", see parse()')
-    parser.add_argument("--seqlens", default="512,1024,2048,4096,8192,16384")
+    parser.add_argument("--suite", default="paper", help="whose shapes; default: %(default)s")
+    parser.add_argument("--seqlens", help="of the suite's, comma-separated; default: all")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--providers", default="fa4", help="peers beside the variants; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5)
@@ -115,9 +117,9 @@ def main():
             plain(console, f"FAILED {config}: {error}")
 
     others = [provider for provider in peers.providers(args.providers.split(",")) if provider.available() is None]
-    seqlens = [int(s) for s in args.seqlens.split(",")]
+    seqlens = [int(s) for s in args.seqlens.split(",")] if args.seqlens else None
     points = {
-        (d, causal): suites.select("paper", head_dims=[d], causal=causal, seqlens=seqlens, dtypes=[args.dtype])
+        (d, causal): suites.select(args.suite, head_dims=[d], causal=causal, seqlens=seqlens, dtypes=[args.dtype])
         for d, causal in groups
     }
     data = new_run("sweep", [p for of_group in points.values() for p in of_group], others, args.rounds, args.commit)

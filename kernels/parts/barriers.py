@@ -47,6 +47,16 @@ def consuming(stages, first=0):
     return pipeline.PipelineState(stages, Int32(0), Int32(first), Int32(0))
 
 
+def is_full(ring, at):
+    """Whether the stage at a consumer's place is filled; doesn't wait."""
+    return cute.arch.mbarrier_test_wait(ring.producer_get_barrier(at), at.phase)
+
+
+def filling(at, offset=0):
+    """The producer's view of a consumer's place, or of the one so many stages later in the same round."""
+    return pipeline.PipelineState(at.stages, at.count, at.index + offset, at.phase ^ 1)
+
+
 @cute.jit
 def lend(ring, at):
     """Producer warp: leaves a stage, once it is empty, to the consumers to write to; returns the next place."""

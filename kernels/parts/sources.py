@@ -1,11 +1,12 @@
-"""Sources: what brings tile n of Q, K or V into a stage of shared memory."""
+"""Sources: what brings tile n of Q, K or V into a stage of shared memory, and who, where no producer does."""
 
 from dataclasses import dataclass
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import pipeline
+from cutlass import Boolean, Constexpr, Int32, pipeline
 
-from . import tiles
+from . import barriers, tiles
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,46 @@ class TmaSource:
     def announce(self, n):
         """Has tile n fetched into the L2 cache."""
         cute.prefetch(self.atom, self.tiles[None, n])
+
+
+@dataclass(frozen=True)
+class Feeder:
+    """Loading without warp specialisation: one consumer warp (`feeds`) loads between its WGMMAs; a no-op where `on` is False.
+
+    Its places in the rings are those that the consumers will come to.
+    """
+
+    on: Constexpr[bool]
+    feeds: Boolean
+    rings: tuple  # of Q, K, V, as all the following
+    copies: tuple
+    tensors: tuple
+    shared: tuple
+    group: Int32  # query heads of a K/V head
+
+    def source(self, which, head, batch):
+        head = head if which == 0 else head // self.group
+        return TmaSource.of_head(self.rings[which], self.copies[which], self.shared[which], self.tensors[which], head, batch)
+
+    @cute.jit
+    def start(self, tile, head, batch, n, warpgroups: Constexpr[int], q_at, k_at):
+        """Q and the first K of a tile; q_at: the first warpgroup's."""
+        if cutlass.const_expr(self.on):
+            if self.feeds:
+                for w in cutlass.range_constexpr(warpgroups):
+                    self.source(0, head, batch).bring(tile * warpgroups + w, barriers.filling(q_at, w))
+                self.source(1, head, batch).bring(n, barriers.filling(k_at))
+
+    @cute.jit
+    def step(self, head, batch, n, k_at, v_at, v_ahead: Constexpr[bool]):
+        """What the step after S of tile n needs: the next K, and this tile's V, which v_ahead puts one place after v_at."""
+        if cutlass.const_expr(self.on):
+            if self.feeds:
+                if n > 0:
+                    k_next = k_at.clone()
+                    k_next.advance()
+                    self.source(1, head, batch).bring(n - 1, barriers.filling(k_next))
+                v_next = v_at.clone()
+                if cutlass.const_expr(v_ahead):
+                    v_next.advance()
+                self.source(2, head, batch).bring(n, barriers.filling(v_next))

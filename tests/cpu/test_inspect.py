@@ -24,6 +24,8 @@ OTHERS = [  # configs that nobody ships, for the formulas
     ForwardConfig(head_dim=64, tile_m=192, tile_n=160, overlap=False, scheduler="single", lse=False),
     ForwardConfig(head_dim=256, tile_m=128, tile_n=64, overlap=False, scheduler="dynamic"),
     ForwardConfig(dtype="fp16", tile_n=176, mask="causal", scheduler="dynamic"),
+    ForwardConfig(tile_n=96, scheduler="single"),
+    ForwardConfig(warp_specialised=False, pingpong=False, scheduler="persistent", q_in_registers=True),
 ]
 
 
