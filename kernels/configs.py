@@ -38,6 +38,7 @@ class ForwardConfig:
     overlap: S of the next tile is issued before the softmax of this one (paper, section 3.2, Algorithm 2).
     scheduler: "single", one CTA a tile; "persistent", one CTA an SM, each with its list of tiles; or "dynamic", one CTA
         an SM, each taking the next tile that is left (parts/schedule.py).
+    p_in_shared: P goes through shared memory to the second GEMM, and not from registers: those it frees let tile_n grow.
     q_in_registers: Q is read from shared memory once a tile and not once a step.
     rescale_from: O is rescaled once a row's maximum has risen by more than 2 to this power (parts/softmax.py); with 0, on
         every tile, and without a branch.
@@ -58,6 +59,7 @@ class ForwardConfig:
     pingpong: bool = True
     overlap: bool = True
     scheduler: str = "dynamic"
+    p_in_shared: bool = False
     q_in_registers: bool = False
     rescale_from: float = 8.0
     max_chains: int = 1
@@ -87,6 +89,8 @@ class ForwardConfig:
         if not 1 <= self.stages <= 8:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
         one_of("q_stages", (1, 2))
+        if self.p_in_shared and self.tile_n % 64:
+            raise ConfigError(f"p_in_shared needs a tile_n that is a multiple of 64, for the swizzle, got {self.tile_n}")
         if self.overlap and self.stages < 2:
             raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
         if self.late_release and not self.overlap:
@@ -148,13 +152,19 @@ class ForwardConfig:
         """Registers that the tiles alone hold in a consumer thread: S and O in fp32, P at half that beside S, Q."""
         S, O = 64 * self.tile_n // WARPGROUP, 64 * self.head_dim // WARPGROUP
         Q = self.head_dim // 4 if self.q_in_registers else 0
-        return S + O + Q + (S // 2 if self.overlap else 0)
+        return S + O + Q + (S // 2 if self.overlap and not self.p_in_shared else 0)
 
     @property
     def tile_bytes(self):
-        """Bytes of the shared-memory tile of Q (one stage of it), of one stage of K (or V), and of O where it has its own."""
-        row = self.head_dim * DTYPE_BYTES[self.dtype]
-        return {"Q": self.tile_m * row, "K": self.tile_n * row, "O": 0 if self.o_borrows_v else self.tile_m * row}
+        """Bytes of the shared-memory tiles: one stage of Q and of K (or V), P where it goes there, O where it has its own."""
+        element = DTYPE_BYTES[self.dtype]
+        row = self.head_dim * element
+        return {
+            "Q": self.tile_m * row,
+            "K": self.tile_n * row,
+            "P": self.p_in_shared * self.tile_m * self.tile_n * element,
+            "O": 0 if self.o_borrows_v else self.tile_m * row,
+        }
 
     @property
     def q_slots(self):
@@ -169,9 +179,9 @@ class ForwardConfig:
     @property
     def o_borrows_v(self):
         """Whether O leaves through a stage of V, which is lent out after each tile: where there is no room for its own."""
-        row = self.head_dim * DTYPE_BYTES[self.dtype]
-        own = (1 + self.q_stages) * self.tile_m + 2 * self.stages * self.tile_n
-        return own * row + self.barrier_bytes > SHARED_MEMORY_LIMIT
+        rows = (1 + self.q_stages) * self.tile_m + 2 * self.stages * self.tile_n
+        elements = rows * self.head_dim + self.p_in_shared * self.tile_m * self.tile_n
+        return elements * DTYPE_BYTES[self.dtype] + self.barrier_bytes > SHARED_MEMORY_LIMIT
 
     @property
     def o_columns(self):
@@ -190,4 +200,4 @@ class ForwardConfig:
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        return self.barrier_bytes + self.q_stages * t["Q"] + t["O"] + 2 * self.stages * t["K"]
+        return self.barrier_bytes + self.q_stages * t["Q"] + t["P"] + t["O"] + 2 * self.stages * t["K"]

@@ -16,7 +16,7 @@ from cutlass.memory import SmemAllocator
 
 from .configs import WARPGROUP, ForwardConfig
 from .parts import barriers, tiles, wgmma
-from .parts.barriers import WARP, Turns
+from .parts.barriers import P_BARRIER, WARP, Turns
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, StagedOutput
 from .parts.rounding import round_into
@@ -45,11 +45,12 @@ class Consumer:
     qk: Constexpr  # the WGMMA operation of S = Q Kᵀ
     pv: Constexpr  # and of O = P V
     sQ: cute.Tensor  # Q in shared memory, (64, head_dim, slot)
+    sP: cute.Tensor | None  # this warpgroup's P in shared memory, (64, tile_n), if it goes there
     Q: cute.Tensor  # Q, K, V as operands: in shared memory, but Q in registers where the config says so
     K: cute.Tensor
     V: cute.Tensor
     S: cute.Tensor  # registers
-    P: cute.Tensor
+    P: cute.Tensor  # or an operand in shared memory
     O: cute.Tensor
 
 
@@ -82,11 +83,12 @@ class ForwardKernel:
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
+        p_layout = tiles.smem_layout(self.dtype, ROWS, c.tile_n, c.consumer_warpgroups) if c.p_in_shared else None
         o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.o_columns, c.tile_m // WARP_ROWS)
         store_o, O = tiles.tma_store(O, o_layout, WARP_ROWS, c.o_columns)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
         grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
-        copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, o_layout)
+        copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, p_layout, o_layout)
         scale_log2 = softmax_scale * Float32(LOG2_E)
         self.kernel(copies, Q, K, V, O, LSE, scale_log2, head_group, counter, layouts).launch(
             grid=[grid, 1, 1],
@@ -126,7 +128,7 @@ class ForwardKernel:
         scale_log2: Float32,
         head_group: Int32,
         counter: cute.Tensor | None,
-        layouts: tuple[cute.ComposedLayout, cute.ComposedLayout, cute.ComposedLayout],
+        layouts: tuple[cute.ComposedLayout, cute.ComposedLayout, cute.ComposedLayout | None, cute.ComposedLayout],
     ):
         c = self.config
         thread = cute.arch.thread_idx()[0]
@@ -139,15 +141,10 @@ class ForwardKernel:
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2)
         slot = smem.allocate_tensor(Int32, cute.make_layout(4), byte_alignment=16)
-        q_layout, k_layout, o_layout = layouts
-        sQ, sK, sV = (
-            smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
-            for layout in (q_layout, k_layout, k_layout)
-        )
-        sO, o_stages = sV, c.stages
-        if cutlass.const_expr(not c.o_borrows_v):
-            sO = smem.allocate_tensor(self.dtype, o_layout.outer, byte_alignment=1024, swizzle=o_layout.inner)
-            o_stages = 1
+        q_layout, k_layout, p_layout, o_layout = layouts
+        sQ, sK, sV = (self.allocate(smem, layout) for layout in (q_layout, k_layout, k_layout))
+        sP = self.allocate(smem, p_layout) if c.p_in_shared else None
+        sO, o_stages = (sV, c.stages) if c.o_borrows_v else (self.allocate(smem, o_layout), 1)
         o_stride = c.tile_n * c.head_dim  # of V's stages; one of its own has none
         output = StagedOutput.in_memory(copies[3], sO, o_layout, o_stages, o_stride, O, c.consumer_warpgroups)
 
@@ -174,7 +171,7 @@ class ForwardKernel:
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
         group = heads // K.shape[2]  # query heads of a K/V head
         loads = (q_ring, k_ring, v_ring), copies[:3], (Q, K, V), (sQ, sK, sV)
-        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, group, output, LSE
+        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, group, sP, output, LSE
         if cutlass.const_expr(not c.warp_specialised):
             self.consume(warpgroup_index, *work)
         elif warpgroup_index == 0:
@@ -186,6 +183,10 @@ class ForwardKernel:
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
             self.consume(warpgroup_index - 1, *work)
+
+    def allocate(self, smem, layout):
+        """Shared memory for tiles of this layout."""
+        return smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
 
     @cute.jit
     def produce_q(self, schedule, ring, copy, Q, sQ):
@@ -245,16 +246,22 @@ class ForwardKernel:
         """A stage of V for the consumers to write O to, if they have no other place."""
         return barriers.lend(ring, v_at) if self.config.o_borrows_v else v_at
 
-    def consumer(self, index, thread, mask, scale_log2, loads, group):
+    def consumer(self, index, thread, mask, scale_log2, loads, group, sP):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
         rings, _, _, (sQ, sK, sV) = loads
         feeds = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARP) == 0
-        q_source = warpgroup.OperandSource.RMEM if c.q_in_registers else warpgroup.OperandSource.SMEM
+        registers, shared = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
+        q_source, p_source = registers if c.q_in_registers else shared, shared if c.p_in_shared else registers
         qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, q_source)
-        pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
+        pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, p_source)
         qk, pv = cute.make_tiled_mma(qk_op), cute.make_tiled_mma(pv_op)
         own_sQ = sQ[None, None, index] if c.q_in_registers else sQ
+        if c.p_in_shared:
+            sP = sP[None, None, index]
+            P = pv.make_fragment_A(pv.get_slice(0).partition_A(sP))
+        else:
+            P = cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), self.dtype)
         return Consumer(
             index,
             thread,
@@ -266,22 +273,23 @@ class ForwardKernel:
             qk_op,
             pv_op,
             sQ=sQ,
+            sP=sP,
             Q=qk.make_fragment_A(qk.get_slice(0).partition_A(own_sQ)),
             K=qk.make_fragment_B(qk.get_slice(0).partition_B(sK)),
             V=pv.make_fragment_B(pv.get_slice(0).partition_B(tiles.transposed(sV))),
             S=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), Float32),
-            P=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), self.dtype),
+            P=P,
             O=cute.make_rmem_tensor(pv.partition_shape_C((ROWS, c.head_dim)), Float32),
         )
 
     @cute.jit
-    def consume(self, index, schedule, mask, scale_log2, thread, loads, group, output, LSE):
+    def consume(self, index, schedule, mask, scale_log2, thread, loads, group, sP, output, LSE):
         """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE.
 
         With overlap, tiles follow each other as steps do: one's last O and the next one's first S are in flight together.
         """
         c = self.config
-        t = self.consumer(index, thread, mask, scale_log2, loads, group)
+        t = self.consumer(index, thread, mask, scale_log2, loads, group, sP)
         q_at = barriers.consuming(c.q_slots, t.index)
         k_at, v_at, s_at = barriers.consuming(c.stages), barriers.consuming(c.stages), barriers.consuming(1)
         t.turns.begin()
@@ -411,7 +419,7 @@ class ForwardKernel:
         t.softmax.step(t.S)
         if cutlass.const_expr(not first):
             t.softmax.rescale(t.O)
-        round_into(t.P, t.S)
+        self.keep_p(t)
         return k_at
 
     @cute.jit
@@ -463,7 +471,7 @@ class ForwardKernel:
         t.v_ring.consumer_release(v_at)
         v_at.advance()
         k_there = self.peek(t, k_at)
-        round_into(t.P, t.S)
+        self.keep_p(t)
         t.softmax.rescale(t.O)
         return k_at, v_at, k_there
 
@@ -495,8 +503,18 @@ class ForwardKernel:
 
     def issue_o(self, t, v_at):
         """O += P V, in flight."""
-        P = wgmma.as_operand(t.P, self.config.tile_n)
+        P = t.P if self.config.p_in_shared else wgmma.as_operand(t.P, self.config.tile_n)
         wgmma.issue(t.pv, t.O, P, t.V[None, None, None, v_at.index], zero=False)
+
+    @cute.jit
+    def keep_p(self, t: Consumer):
+        """P, rounded, to where the second GEMM takes it from."""
+        if cutlass.const_expr(self.config.p_in_shared):
+            wgmma.store_accumulator(t.qk, t.S, t.sP, t.thread)
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier(barrier_id=P_BARRIER + t.index, number_of_threads=WARPGROUP)
+        else:
+            round_into(t.P, t.S)
 
     @cute.jit
     def epilogue(self, t: Consumer, output, LSE, tile, head, batch, v_at):

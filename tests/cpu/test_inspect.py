@@ -25,6 +25,7 @@ OTHERS = [  # configs that nobody ships, for the formulas
     ForwardConfig(head_dim=256, tile_m=128, tile_n=64, overlap=False, scheduler="dynamic"),
     ForwardConfig(dtype="fp16", tile_n=176, mask="causal", scheduler="dynamic"),
     ForwardConfig(tile_n=96, scheduler="single"),
+    ForwardConfig(head_dim=64, tile_m=192, tile_n=192, p_in_shared=True, peek=True),
     ForwardConfig(warp_specialised=False, pingpong=False, scheduler="persistent", q_in_registers=True),
 ]
 
