@@ -32,6 +32,7 @@ class ForwardConfig:
     tile_n: keys of one step of the mainloop, a multiple of 16.
     stages: tiles of K, and of V, that are in flight.
     q_stages: tiles of Q in shared memory; with 2, or in registers, the next one is there before this one is done with.
+    l2_ahead: tiles of K and V of the next tile of queries that are fetched into the L2 cache once that is claimed.
     warp_specialised: a producer warpgroup does all loading; without, a consumer warp loads between its WGMMAs, one step ahead
         (for comparison: the paper's Table 2).
     pingpong: warpgroups take turns on the tensor cores, one's softmax under the other's GEMMs (paper, section 3.1).
@@ -55,6 +56,7 @@ class ForwardConfig:
     tile_n: int = 128
     stages: int = 2
     q_stages: int = 1
+    l2_ahead: int = 0
     warp_specialised: bool = True
     pingpong: bool = True
     overlap: bool = True
@@ -89,6 +91,8 @@ class ForwardConfig:
         if not 1 <= self.stages <= 8:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
         one_of("q_stages", (1, 2))
+        if not 0 <= self.l2_ahead <= 4:
+            raise ConfigError(f"l2_ahead must be from 0 to 4, got {self.l2_ahead!r}")
         if self.p_in_shared and self.tile_n % 64:
             raise ConfigError(f"p_in_shared needs a tile_n that is a multiple of 64, for the swizzle, got {self.tile_n}")
         if self.overlap and self.stages < 2:

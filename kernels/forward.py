@@ -235,12 +235,25 @@ class ForwardKernel:
                 if near_end:
                     position, (tile, head, batch) = schedule.claimed(ticket, position)
                     s_at = schedule.tell(position, (tile, head, batch), s_at)
+                    self.announce(schedule, mask, position, rings, copies, tensors, shared, tile, head // group, batch)
         v_at = self.lend_v(rings[1], v_at)
         schedule.finish()
         rings[0].producer_tail(k_at)
         rings[1].producer_tail(v_at)
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule.ring.producer_tail(s_at)
+
+    @cute.jit
+    def announce(self, schedule, mask, position, rings, copies, tensors, shared, tile, head, batch):
+        """Has the first K and V of the tile at a position fetched into the L2 cache."""
+        c = self.config
+        if cutlass.const_expr(c.l2_ahead > 0):
+            if position < schedule.tiles.length():
+                n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
+                for i in cutlass.range_constexpr(c.l2_ahead):
+                    if n_stop > i:
+                        for of in zip(rings, copies, shared, tensors):
+                            TmaSource.of_head(*of, head, batch).announce(n_stop - 1 - i)
 
     def lend_v(self, ring, v_at):
         """A stage of V for the consumers to write O to, if they have no other place."""

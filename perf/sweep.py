@@ -35,7 +35,7 @@ class Variant(peers.Provider):
     def name(self):
         c = self.config
         flags = ("P" if c.pingpong else "-") + ("O" if c.overlap else "-") + c.scheduler[0]  # s, p or d
-        flags += "p" * c.p_in_shared + ("q" if c.q_in_registers else "-") + f"{c.rescale_from:g}c{c.max_chains}" + "l" * c.late_release + "k" * c.peek + "-ws" * (not c.warp_specialised)
+        flags += "p" * c.p_in_shared + ("q" if c.q_in_registers else "-") + f"{c.rescale_from:g}c{c.max_chains}" + "l" * c.late_release + "k" * c.peek + f"a{c.l2_ahead}" * (c.l2_ahead > 0) + "-ws" * (not c.warp_specialised)
         return f"{c.tile_m}x{c.tile_n}s{c.stages}{c.q_stages}{flags}:{self.heads}"
 
     def available(self):

@@ -68,6 +68,7 @@ def test_what_is_accepted_fits_an_sm():
         (dict(warp_specialised=False, pingpong=False, scheduler="single"), "needs q_stages=2 or q_in_registers=True"),
         (dict(head_dim=64, stages=8, tile_m=192, tile_n=96), "leaves O neither .* nor a stage of V"),
         (dict(p_in_shared=True, tile_n=96), "p_in_shared needs a tile_n that is a multiple of 64.*, got 96"),
+        (dict(l2_ahead=5), "l2_ahead must be from 0 to 4, got 5"),
         (dict(q_stages=3), "q_stages must be one of .*, got 3"),
         (dict(stages=1, overlap=True), "overlap .*stages >= 2, got 1"),
         (dict(tile_m=64, pingpong=True), "pingpong needs two consumer warpgroups, got tile_m=64"),

@@ -26,6 +26,7 @@ VARIANTS = {
     "Q in registers, persistent": dict(q_in_registers=True, scheduler="persistent"),
     "rescale always": dict(rescale_from=0.0),
     "four chains": dict(max_chains=4),
+    "next tile into the L2": dict(l2_ahead=2, tile_n=64),
     "early look at K": dict(peek=True, q_in_registers=True),
     "P in shared memory": dict(p_in_shared=True),
     "P in shared memory, no overlap": dict(p_in_shared=True, overlap=False),
