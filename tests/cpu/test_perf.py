@@ -19,7 +19,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # perf is run from the repository root, not installed
 
-from perf import PerfError, peers, report, results, runner, suites, sweep, table, timing  # noqa: E402
+from perf import PerfError, peers, report, results, runner, stamps, suites, sweep, table, timing  # noqa: E402
 from perf.__main__ import main  # noqa: E402
 from perf.suites import Point  # noqa: E402
 
@@ -766,3 +766,15 @@ def test_a_sweep_shows_its_variants_as_rows():
     header, ours, peer = output.getvalue().strip().splitlines()
     assert header.split() == ["d", "128", "full", str(SQUARE.seqlen_q), str(other.seqlen_q)]
     assert (ours.split(), peer.split()) == (["128x128", "700!", "-"], ["fa4", "600", "-"])
+
+
+# ---------------------------------------------------------------- stamps
+
+
+def test_stamps_find_their_lines_in_the_kernel():
+    source = (Path(stamps.__file__).resolve().parents[1] / "kernels" / "forward.py").read_text()
+    copy = stamps.stamped(source)
+    assert copy.count("        stamp(t, ") == len(stamps.MARKS)
+    compile(copy, "forward.py", "exec")
+    with pytest.raises(ValueError, match="issue_o"):
+        stamps.stamped(source.replace("self.issue_o(", "self.other("))
