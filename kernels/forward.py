@@ -169,14 +169,14 @@ class ForwardKernel:
         tile_list = TileList(c.mask == "causal", query_tiles, heads, batch, head_group)
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slot, counter)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
-        group = heads // K.shape[2]  # query heads of a K/V head
         loads = (q_ring, k_ring, v_ring), copies[:3], (Q, K, V), (sQ, sK, sV)
-        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, group, sP, output, LSE
+        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, sP, output, LSE
         if cutlass.const_expr(not c.warp_specialised):
             self.consume(warpgroup_index, *work)
         elif warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
+                group = heads // K.shape[2]  # query heads of a K/V head
                 self.produce_kv(schedule, mask, *(of_all[1:] for of_all in loads), group)
             elif warp_index == 1:
                 self.produce_q(schedule, *(of_all[0] for of_all in loads))
@@ -259,7 +259,7 @@ class ForwardKernel:
         """A stage of V for the consumers to write O to, if they have no other place."""
         return barriers.lend(ring, v_at) if self.config.o_borrows_v else v_at
 
-    def consumer(self, index, thread, mask, scale_log2, loads, group, sP):
+    def consumer(self, index, thread, mask, scale_log2, loads, sP):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
         rings, _, _, (sQ, sK, sV) = loads
@@ -281,7 +281,7 @@ class ForwardKernel:
             mask,
             Turns(c.pingpong, c.consumer_warpgroups, index),
             OnlineSoftmax.start(c.rescale_from, c.max_chains, scale_log2),
-            Feeder(not c.warp_specialised, feeds, *loads, group),
+            Feeder(not c.warp_specialised, feeds, *loads),
             *rings,
             qk_op,
             pv_op,
@@ -296,13 +296,13 @@ class ForwardKernel:
         )
 
     @cute.jit
-    def consume(self, index, schedule, mask, scale_log2, thread, loads, group, sP, output, LSE):
+    def consume(self, index, schedule, mask, scale_log2, thread, loads, sP, output, LSE):
         """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE.
 
         With overlap, tiles follow each other as steps do: one's last O and the next one's first S are in flight together.
         """
         c = self.config
-        t = self.consumer(index, thread, mask, scale_log2, loads, group, sP)
+        t = self.consumer(index, thread, mask, scale_log2, loads, sP)
         q_at = barriers.consuming(c.q_slots, t.index)
         k_at, v_at, s_at = barriers.consuming(c.stages), barriers.consuming(c.stages), barriers.consuming(1)
         t.turns.begin()
@@ -378,7 +378,8 @@ class ForwardKernel:
         t.q_ring.consumer_wait(q_at)
         t.q_ring.consumer_release(q_at)
         q_at.advance(c.consumer_warpgroups)
-        for step in cutlass.range(self.first_n(t, tile) + 1, unroll=1):
+        n_stop, _ = t.mask.key_tiles(tile * c.tile_m, c.tile_m)
+        for step in cutlass.range(n_stop, unroll=1):
             k_at = self.let_pass(t.k_ring, k_at, True)
             t.turns.take()
             t.turns.give()
@@ -400,13 +401,13 @@ class ForwardKernel:
         Returns their tile, the first tile without a mask, and whether one was skipped, whose V is yet to be let pass.
         """
         c = self.config
-        n_first = self.first_n(t, tile)
+        tile_stop, _ = t.mask.key_tiles(tile * c.tile_m, c.tile_m)
         n_stop, n_unmasked = t.mask.key_tiles(tile * c.tile_m + t.index * ROWS, ROWS)
         skipped = False
         if cutlass.const_expr(t.mask.causal):
-            skipped = n_stop <= n_first  # only other warpgroups' rows see the tile's first keys
+            skipped = n_stop < tile_stop  # only other warpgroups' rows see the tile's first keys
             if skipped:
-                n_stop = n_first  # no more than one: the producer goes no further while this tile's V isn't taken
+                n_stop = tile_stop - 1  # no more than one: the producer goes no further while this tile's V isn't taken
                 k_at = self.let_pass(t.k_ring, k_at, True)
                 t.turns.give()
                 t.turns.take()

@@ -6,10 +6,20 @@ a callable that runs one forward. To add one, write a class and put it into PROV
 
 import importlib
 import importlib.metadata
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 from perf import PerfError
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Tensors(NamedTuple):
@@ -87,6 +97,40 @@ class ThisProject(Package):
     def config_line(self, point, tensors):
         explain = getattr(importlib.import_module(self.module), "explain", None)
         return None if explain is None else str(explain(*tensors, causal=point.causal))
+
+
+class OtherCommit(Package):
+    """This project at another commit, as a package beside itself (its kernels get a cache key of their own)."""
+
+    def __init__(self, commit):
+        super().__init__(f"fa3 at {commit}", f"fa3_{commit}", "fa3", "")
+        self.commit = commit
+
+    def available(self):
+        if self.module not in sys.modules:
+            directory = tempfile.mkdtemp(prefix="fa3-at-")
+            try:
+                archive = subprocess.run(["git", "-C", ROOT, "archive", self.commit, "fa3", "kernels"], capture_output=True)
+            except OSError as error:
+                return reason(error)
+            if archive.returncode:
+                return archive.stderr.decode().strip() or "git archive failed"
+            with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+                tar.extractall(directory, filter="data")
+            package(Path(directory), Path(directory), self.module)
+        return super().available()
+
+    def version(self):
+        return f"commit {self.commit}"
+
+
+def package(root, directory, name):
+    """The project whose sources lie in root, as an importable package of this name in directory; returns its folder."""
+    copy = Path(directory) / name
+    shutil.copytree(root / "fa3", copy)
+    shutil.copytree(root / "kernels", copy / "kernels")
+    sys.path.insert(0, str(directory))
+    return copy
 
 
 class ScaledDotProductAttention(Provider):

@@ -7,12 +7,10 @@ LSE; it costs 20 to 40 cycles, so differences between lines count, not their sum
 
 import argparse
 import ast
-import importlib
 import re
-import shutil
-import sys
 import tempfile
-from pathlib import Path
+
+from perf import peers
 
 KEPT = 1024  # stamps a warpgroup
 MARKS = [  # method, line, where, what it says
@@ -62,8 +60,8 @@ def stamped(source):
     for before, after in (
         ("@dataclass(frozen=True)\nclass Consumer:", STAMP.replace("KEPT", str(KEPT)) + "@dataclass(frozen=True)\nclass Consumer:"),
         ("    O: cute.Tensor\n\n\nclass", "    O: cute.Tensor\n    stamps: Int64\n    stamped: cute.Tensor\n\n\nclass"),
-        ("loads, group, sP):", "loads, group, sP, LSE):"),
-        ("loads, group, sP)\n", "loads, group, sP, LSE)\n        t.stamped[0] = Int32(0)\n"),
+        ("loads, sP):", "loads, sP, LSE):"),
+        ("loads, sP)\n", "loads, sP, LSE)\n        t.stamped[0] = Int32(0)\n"),
         (
             "(ROWS, c.head_dim)), Float32),\n",
             "(ROWS, c.head_dim)), Float32),\n"
@@ -85,18 +83,6 @@ def marked(source, method, line, where, code):
         raise ValueError(f"no line starts with {line!r} in forward.py's {method}")
     start = found.start() + (at.start() if where == "before" else at.end())
     return source[:start] + f"{at[1]}stamp(t, {code})\n" + source[start:]
-
-
-def package(directory):
-    """The project as a package fa3stamped in this directory, its forward kernel stamped."""
-    root = Path(__file__).resolve().parents[1]
-    copy = Path(directory) / "fa3stamped"
-    shutil.copytree(root / "fa3", copy)
-    shutil.copytree(root / "kernels", copy / "kernels")
-    forward = copy / "kernels" / "forward.py"
-    forward.write_text(stamped(forward.read_text()))
-    sys.path.insert(0, str(directory))
-    return importlib.import_module("fa3stamped")
 
 
 def measure(head_dim, causal, seqlen, changes, ctas, show):
@@ -142,7 +128,8 @@ def main():
     parser.add_argument("--tiles", type=int, default=3, help="how many tiles to print; default: %(default)s")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        package(directory)
+        forward = peers.package(peers.ROOT, directory, "fa3stamped") / "kernels" / "forward.py"
+        forward.write_text(stamped(forward.read_text()))
         for text in args.point:
             head_dim, mask, seqlen, *fields = text.split()
             changes = {name: ast.literal_eval(value) for name, value in (field.split("=") for field in fields)}

@@ -101,6 +101,7 @@ def main():
     parser.add_argument("--seqlens", help="of the suite's, comma-separated; default: all")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--providers", default="fa4", help="peers beside the variants; default: %(default)s")
+    parser.add_argument("--against", metavar="HASH", help="also measure what this commit would run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--commit", metavar="HASH", help="the commit measured, where the tree was copied")
     parser.add_argument("--out", help="default: perf/results/DATE-sweep-fwd-GPU.json")
@@ -116,7 +117,11 @@ def main():
         if isinstance(error, Exception):  # a variant that doesn't compile is a result too
             plain(console, f"FAILED {config}: {error}")
 
-    others = [provider for provider in peers.providers(args.providers.split(",")) if provider.available() is None]
+    others = peers.providers(args.providers.split(",")) + ([peers.OtherCommit(args.against)] if args.against else [])
+    missing = [(provider.name, why) for provider in others if (why := provider.available()) is not None]
+    for name, why in missing:
+        plain(console, f"left out: {name}: {why}")
+    others = [provider for provider in others if provider.name not in dict(missing)]
     seqlens = [int(s) for s in args.seqlens.split(",")] if args.seqlens else None
     points = {
         (d, causal): suites.select(args.suite, head_dims=[d], causal=causal, seqlens=seqlens, dtypes=[args.dtype])

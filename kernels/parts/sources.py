@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Int32, pipeline
+from cutlass import Boolean, Constexpr, pipeline
 
 from . import barriers, tiles
 
@@ -50,10 +50,9 @@ class Feeder:
     copies: tuple
     tensors: tuple
     shared: tuple
-    group: Int32  # query heads of a K/V head
 
     def source(self, which, head, batch):
-        head = head if which == 0 else head // self.group
+        head = head if which == 0 else head // (self.tensors[0].shape[2] // self.tensors[1].shape[2])
         return TmaSource.of_head(self.rings[which], self.copies[which], self.shared[which], self.tensors[which], head, batch)
 
     @cute.jit

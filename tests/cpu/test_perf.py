@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -772,9 +774,24 @@ def test_a_sweep_shows_its_variants_as_rows():
 
 
 def test_stamps_find_their_lines_in_the_kernel():
-    source = (Path(stamps.__file__).resolve().parents[1] / "kernels" / "forward.py").read_text()
+    source = (ROOT / "kernels" / "forward.py").read_text()
     copy = stamps.stamped(source)
     assert copy.count("        stamp(t, ") == len(stamps.MARKS)
     compile(copy, "forward.py", "exec")
     with pytest.raises(ValueError, match="issue_o"):
         stamps.stamped(source.replace("self.issue_o(", "self.other("))
+
+
+def test_another_commit_is_a_package_beside_this_one():
+    try:
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no git history here")
+    commit = head.stdout.strip()
+    other = peers.OtherCommit(commit)
+    assert other.available() is None and other.name == f"fa3 at {commit}"
+    module = sys.modules[f"fa3_{commit}"]
+    assert module.flash_attn_func is not importlib.import_module("fa3").flash_attn_func
+    q = torch.randn(1, 5, 1, 64, dtype=torch.bfloat16)
+    assert module.flash_attn_func(q, q, q).shape == q.shape
+    assert "nothing" in peers.OtherCommit("nothing").available()  # git's own words
