@@ -105,10 +105,10 @@ class OtherCommit(Package):
     def __init__(self, commit):
         super().__init__(f"fa3 at {commit}", f"fa3_{commit}", "fa3", "")
         self.commit = commit
+        self.directory = tempfile.TemporaryDirectory(prefix="fa3-at-")
 
     def available(self):
         if self.module not in sys.modules:
-            directory = tempfile.mkdtemp(prefix="fa3-at-")
             try:
                 archive = subprocess.run(["git", "-C", ROOT, "archive", self.commit, "fa3", "kernels"], capture_output=True)
             except OSError as error:
@@ -116,8 +116,8 @@ class OtherCommit(Package):
             if archive.returncode:
                 return archive.stderr.decode().strip() or "git archive failed"
             with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-                tar.extractall(directory, filter="data")
-            package(Path(directory), Path(directory), self.module)
+                tar.extractall(self.directory.name, filter="data")
+            package(Path(self.directory.name), self.directory.name, self.module)
         return super().available()
 
     def version(self):
