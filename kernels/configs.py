@@ -99,6 +99,10 @@ class ForwardConfig:
             raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
         if self.late_release and not self.overlap:
             raise ConfigError("late_release places a wait of the overlapped mainloop and needs overlap=True, got False")
+        if self.peek and not self.overlap:
+            raise ConfigError("peek is for the overlapped mainloop and needs overlap=True, got False")
+        if self.l2_ahead and (self.scheduler == "single" or not self.warp_specialised):
+            raise ConfigError("l2_ahead needs a producer warp with a next tile: not scheduler='single', not warp_specialised=False")
         if not self.warp_specialised:
             for name, needed in (("mask", "none"), ("overlap", True), ("pingpong", False)):
                 if getattr(self, name) != needed:
@@ -124,6 +128,11 @@ class ForwardConfig:
             raise ConfigError(
                 f"{self} keeps at least {self.live_registers} registers live in a consumer thread, "
                 f"which gets {self.consumer_registers}"
+            )
+        if max(self.tile_n, self.head_dim) // 2 + 30 > self.entry_registers:  # ptxas's own rule, found by trying (C7602)
+            raise ConfigError(
+                f"{self} has WGMMAs whose accumulator takes {max(self.tile_n, self.head_dim) // 2} registers; "
+                f"with {self.threads} threads ptxas counts on {self.entry_registers} and wants 30 beside it"
             )
 
     __repr__ = _one_line
