@@ -13,7 +13,7 @@ DTYPE_BYTES = {"fp16": 2, "bf16": 2}
 
 
 class ConfigError(ValueError):
-    """A config that no Hopper GPU can run; the message says which limit it breaks, with the numbers."""
+    """A config that can't run, or whose fields contradict each other; the message says why, with the numbers."""
 
 
 def _one_line(config):
@@ -162,7 +162,7 @@ class ForwardConfig:
 
     @property
     def live_registers(self):
-        """Registers that the tiles alone hold in a consumer thread: S and O in fp32, P at half that beside S, Q."""
+        """Registers that the tiles alone hold in a consumer thread: S and O in fp32, Q, and P where it waits beside the next S."""
         S, O = 64 * self.tile_n // WARPGROUP, 64 * self.head_dim // WARPGROUP
         Q = self.head_dim // 4 if self.q_in_registers else 0
         return S + O + Q + (S // 2 if self.overlap and not self.p_in_shared else 0)

@@ -1,7 +1,7 @@
 """FlashAttention-3's forward pass for Hopper (arXiv 2407.08608, Algorithms 1 and 2).
 
-A CTA is one producer warpgroup, of which two warps drive TMA, and one to three consumer warpgroups of 64 query rows
-each. The names are the paper's: S = Q Kᵀ, P = exp(S - m), O = P V, m and l the running row maximum and sum.
+A CTA is one producer warpgroup, of which one warp loads Q and one K and V, and one to three consumer warpgroups of 64
+query rows each. The names are the paper's: S = Q Kᵀ, P = exp(S - m), O = P V, m and l the running row maximum and sum.
 """
 
 from dataclasses import dataclass
@@ -407,7 +407,7 @@ class ForwardKernel:
         if cutlass.const_expr(t.mask.causal):
             skipped = n_stop < tile_stop  # only other warpgroups' rows see the tile's first keys
             if skipped:
-                n_stop = tile_stop - 1  # no more than one: the producer goes no further while this tile's V isn't taken
+                n_stop = tile_stop - 1  # no more than one: with V lent, the producer brings the next K only after this V
                 k_at = self.let_pass(t.k_ring, k_at, True)
                 t.turns.give()
                 t.turns.take()

@@ -46,7 +46,7 @@ class TileList:
 class Schedule:
     """One CTA's way through the list. Positions at or past the list's length mean: done.
 
-    ring, slot: dynamic only; the barriers and the shared memory through which a claimed position travels, with its tile.
+    ring, slot: used by dynamic only; the barriers and the shared memory through which a claimed position travels, with its tile.
     counter: dynamic only; in global memory, the positions claimed so far and the CTAs that are done, both zero at launch.
         Not touched where every tile is some CTA's first (Plan.counted).
     """
