@@ -14,6 +14,7 @@ from perf import peers
 
 KEPT = 1024  # stamps a warpgroup
 MARKS = [  # method, line, where, what it says
+    ("consume", "t.turns.begin", "before", "start"),
     ("overlapped_step", "t.k_ring.consumer_wait", "before", "step"),
     ("overlapped_step", "t.k_ring.consumer_wait", "after", "K"),
     ("overlapped_step", "self.issue_s", "after", "S issued"),
@@ -33,6 +34,7 @@ MARKS = [  # method, line, where, what it says
     ("consume", "self.epilogue", "after", "epilogue"),
     ("p_alone", "wgmma.wait(0)", "after", "S"),
     ("p_alone", "self.keep_p", "after", "P"),
+    ("consume", "output.finish", "after", "end"),
 ]
 STAMP = """
 from cutlass import Int64
@@ -105,9 +107,25 @@ def measure(head_dim, causal, seqlen, changes, ctas, show):
     torch.cuda.synchronize()
     all_stamps = memory.view(torch.int32)[: 132 * config.consumer_warpgroups * KEPT * 2].view(-1, KEPT, 2).cpu().tolist()
     print(config)
+    summarise(all_stamps[: launch.arguments[2] * config.consumer_warpgroups])
     for cta in ctas:
         for w in range(config.consumer_warpgroups):
             show_one(f"CTA {cta} warpgroup {w}", all_stamps[cta * config.consumer_warpgroups + w], show)
+
+
+def summarise(all_stamps):
+    """The mean over all warpgroups of the cycles that end at each stamp, and how often one passes it."""
+    cycles, times, spans = [0] * len(MARKS), [0] * len(MARKS), []
+    for stamps in all_stamps:
+        count = next(i for i, (_, code) in enumerate(stamps) if MARKS[code][3] == "end") + 1
+        spans.append((stamps[count - 1][0] - stamps[0][0]) % 2**32)
+        for (before, _), (after, code) in zip(stamps, stamps[1:count]):
+            cycles[code] += (after - before) % 2**32
+            times[code] += 1
+    print(f"from start to end {min(spans)} {sum(spans) / len(spans):.0f} {max(spans)} (least, mean, most)")
+    for code, (method, _, _, what) in enumerate(MARKS):
+        if times[code]:
+            print(f"   {method:16s} {what:10s} {cycles[code] / len(spans):9.0f} {times[code] / len(spans):7.2f} x {cycles[code] / times[code]:7.0f}")
 
 
 def show_one(name, stamps, show):
