@@ -28,9 +28,10 @@ class ForwardConfig:
     dtype: "fp16" or "bf16", of Q, K, V and O.
     head_dim: 64, 128 or 256, of Q, K, V and O.
     mask: "none", or "causal" aligned to the bottom right.
-    tile_m: queries a CTA owns at a time; 64 for each consumer warpgroup, so 64, 128 or 192.
+    tile_m: queries a CTA owns at a time; 64 for each consumer warpgroup, so 64, 128, 192 or 256.
     tile_n: keys of one step of the mainloop, a multiple of 16.
     stages: tiles of K, and of V, that are in flight.
+    extra_k_stages: tiles of K in flight beyond those: at a change of tiles only K is loaded ahead.
     q_stages: tiles of Q in shared memory; with 2, or in registers, the next one is there before this one is done with.
     l2_ahead: tiles of K and V of the next tile of queries that are fetched into the L2 cache once that is claimed.
     warp_specialised: a producer warpgroup does all loading; without, a consumer warp loads between its WGMMAs, one step ahead
@@ -46,6 +47,8 @@ class ForwardConfig:
     max_chains: independent chains in which a thread takes the maximum of a row of S.
     late_release: with overlap, K's stage is released, and O awaited, after the first row's exponentials and not before.
     peek: with overlap, whether the next K is there is asked before P is rounded, and waited for only if it wasn't.
+    presume: with overlap, exponentials of tiles without a mask are taken against the maximum known before them; only where a row's
+        sum shows that it has risen beyond what P can hold is S computed again and the maximum taken.
     lse: write the log-sum-exp of each query row.
     """
 
@@ -55,6 +58,7 @@ class ForwardConfig:
     tile_m: int = 128
     tile_n: int = 128
     stages: int = 2
+    extra_k_stages: int = 0
     q_stages: int = 1
     l2_ahead: int = 0
     warp_specialised: bool = True
@@ -67,6 +71,7 @@ class ForwardConfig:
     max_chains: int = 1
     late_release: bool = False
     peek: bool = False
+    presume: bool = False
     lse: bool = True
 
     family = "forward"
@@ -80,7 +85,7 @@ class ForwardConfig:
         one_of("dtype", tuple(DTYPE_BYTES))
         one_of("head_dim", (64, 128, 256))
         one_of("mask", ("none", "causal"))
-        one_of("tile_m", (64, 128, 192))
+        one_of("tile_m", (64, 128, 192, 256))
         one_of("scheduler", ("single", "persistent", "dynamic"))
         if not (16 <= self.tile_n <= 256 and self.tile_n % 16 == 0):
             raise ConfigError(f"tile_n must be a multiple of 16 from 16 to 256, got {self.tile_n!r}")
@@ -90,6 +95,7 @@ class ForwardConfig:
             raise ConfigError(f"max_chains must be from 1 to tile_n / 4 = {self.tile_n // 4}, got {self.max_chains!r}")
         if not 1 <= self.stages <= 8:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
+        one_of("extra_k_stages", (0, 1, 2))
         one_of("q_stages", (1, 2))
         if not 0 <= self.l2_ahead <= 4:
             raise ConfigError(f"l2_ahead must be from 0 to 4, got {self.l2_ahead!r}")
@@ -149,7 +155,7 @@ class ForwardConfig:
     @property
     def registers(self):
         """Registers of a (producer, consumer) thread after setmaxnreg (paper, section 3.1); () where there is no producer."""
-        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[self.consumer_warpgroups] if self.warp_specialised else ()
+        return {1: (56, 256), 2: (24, 240), 3: (32, 160), 4: (24, 112)}[self.consumer_warpgroups] if self.warp_specialised else ()
 
     @property
     def consumer_registers(self):
@@ -180,6 +186,14 @@ class ForwardConfig:
         }
 
     @property
+    def k_stages(self):
+        return self.stages + self.extra_k_stages
+
+    @property
+    def kv_stages(self):
+        return self.k_stages + self.stages
+
+    @property
     def q_slots(self):
         """Places for a warpgroup's rows of Q in shared memory."""
         return self.consumer_warpgroups * self.q_stages
@@ -192,7 +206,7 @@ class ForwardConfig:
     @property
     def o_borrows_v(self):
         """Whether O leaves through a stage of V, which is lent out after each tile: where there is no room for its own."""
-        rows = (1 + self.q_stages) * self.tile_m + 2 * self.stages * self.tile_n
+        rows = (1 + self.q_stages) * self.tile_m + self.kv_stages * self.tile_n
         elements = rows * self.head_dim + self.p_in_shared * self.tile_m * self.tile_n
         return elements * DTYPE_BYTES[self.dtype] + self.barrier_bytes > SHARED_MEMORY_LIMIT
 
@@ -207,10 +221,10 @@ class ForwardConfig:
     @property
     def barrier_bytes(self):
         """mbarriers, full and empty, for Q, each stage of K and V, and the schedule, and its slot; padded for the tiles."""
-        return -(-(8 * 2 * (self.q_slots + 1 + 2 * self.stages) + 16) // 1024) * 1024
+        return -(-(8 * 2 * (self.q_slots + 1 + self.kv_stages) + 16) // 1024) * 1024
 
     @property
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        return self.barrier_bytes + self.q_stages * t["Q"] + t["P"] + t["O"] + 2 * self.stages * t["K"]
+        return self.barrier_bytes + self.q_stages * t["Q"] + t["P"] + t["O"] + self.kv_stages * t["K"]

@@ -15,7 +15,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from .configs import WARPGROUP, ForwardConfig
-from .parts import barriers, tiles, wgmma
+from .parts import barriers, tiles, warp_mma, wgmma
 from .parts.barriers import P_BARRIER, WARP, Turns
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, StagedOutput
@@ -26,6 +26,7 @@ from .parts.sources import Feeder, TmaSource
 
 DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
 CLAIM_AHEAD = 4  # tiles of K before a tile's end, at which the next tile is claimed: a few steps hide what that takes
+HIGHEST_P = {"fp16": 2.0**15, "bf16": 2.0**60}  # what P may grow to before its maximum must follow: no overflow of P, l, O
 ROWS = 64  # query rows of a consumer warpgroup: the M of a WGMMA
 
 
@@ -45,6 +46,7 @@ class Consumer:
     qk: Constexpr  # the WGMMA operation of S = Q Kᵀ
     pv: Constexpr  # and of O = P V
     sQ: cute.Tensor  # Q in shared memory, (64, head_dim, slot)
+    sK: cute.Tensor  # and K, (tile_n, head_dim, stage)
     sP: cute.Tensor | None  # this warpgroup's P in shared memory, (64, tile_n), if it goes there
     Q: cute.Tensor  # Q, K, V as operands: in shared memory, but Q in registers where the config says so
     K: cute.Tensor
@@ -79,16 +81,17 @@ class ForwardKernel:
         by_head = [1, 3, 2, 0]  # (seqlen, head_dim, heads, batch)
         Q, K, V, O = (cute.make_tensor(t.iterator, cute.select(t.layout, mode=by_head)) for t in (Q, K, V, O))
         q_layout = tiles.smem_layout(self.dtype, ROWS, c.head_dim, c.q_slots)
-        k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
+        k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.k_stages)
+        v_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
-        load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
+        load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
         p_layout = tiles.smem_layout(self.dtype, ROWS, c.tile_n, c.consumer_warpgroups) if c.p_in_shared else None
         o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.o_columns, c.tile_m // WARP_ROWS)
         store_o, O = tiles.tma_store(O, o_layout, WARP_ROWS, c.o_columns)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
         grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
-        copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, p_layout, o_layout)
+        copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, v_layout, p_layout, o_layout)
         scale_log2 = softmax_scale * Float32(LOG2_E)
         self.kernel(copies, Q, K, V, O, LSE, scale_log2, head_group, counter, layouts).launch(
             grid=[grid, 1, 1],
@@ -128,7 +131,7 @@ class ForwardKernel:
         scale_log2: Float32,
         head_group: Int32,
         counter: cute.Tensor | None,
-        layouts: tuple[cute.ComposedLayout, cute.ComposedLayout, cute.ComposedLayout | None, cute.ComposedLayout],
+        layouts: tuple[cute.ComposedLayout | None, ...],  # of Q, K, V, P, O
     ):
         c = self.config
         thread = cute.arch.thread_idx()[0]
@@ -137,12 +140,12 @@ class ForwardKernel:
 
         smem = SmemAllocator()
         q_barriers = smem.allocate_array(cutlass.Int64, 2 * c.q_slots)
-        k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
+        k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.k_stages)
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2)
         slot = smem.allocate_tensor(Int32, cute.make_layout(4), byte_alignment=16)
-        q_layout, k_layout, p_layout, o_layout = layouts
-        sQ, sK, sV = (self.allocate(smem, layout) for layout in (q_layout, k_layout, k_layout))
+        q_layout, k_layout, v_layout, p_layout, o_layout = layouts
+        sQ, sK, sV = (self.allocate(smem, layout) for layout in (q_layout, k_layout, v_layout))
         sP = self.allocate(smem, p_layout) if c.p_in_shared else None
         sO, o_stages = (sV, c.stages) if c.o_borrows_v else (self.allocate(smem, o_layout), 1)
         o_stride = c.tile_n * c.head_dim  # of V's stages; one of its own has none
@@ -150,7 +153,7 @@ class ForwardKernel:
 
         consumer_warps = c.consumer_warpgroups * WARPGROUP // WARP
         q_ring = barriers.tma_ring(q_barriers, c.q_slots, c.tile_bytes["Q"] // c.consumer_warpgroups, WARPGROUP // WARP)
-        k_ring = barriers.tma_ring(k_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
+        k_ring = barriers.tma_ring(k_barriers, c.k_stages, c.tile_bytes["K"], consumer_warps)
         v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
@@ -177,7 +180,7 @@ class ForwardKernel:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
                 group = heads // K.shape[2]  # query heads of a K/V head
-                self.produce_kv(schedule, mask, *(of_all[1:] for of_all in loads), group)
+                self.produce_kv(schedule, mask, loads, group)
             elif warp_index == 1:
                 self.produce_q(schedule, *(of_all[0] for of_all in loads))
         else:
@@ -196,7 +199,7 @@ class ForwardKernel:
         position = schedule.first()
         tile, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length():
-            source = TmaSource.of_head(ring, copy, sQ, Q, head, batch)
+            source = TmaSource.of_head(ring, copy, Q, sQ, head, batch)
             if cutlass.const_expr(c.q_waits):
                 for w in cutlass.range_constexpr(c.consumer_warpgroups):
                     source.announce(tile * c.consumer_warpgroups + w)
@@ -206,21 +209,24 @@ class ForwardKernel:
         ring.producer_tail(q_at)
 
     @cute.jit
-    def produce_kv(self, schedule, mask, rings, copies, tensors, shared, group):
+    def produce_kv(self, schedule, mask, loads, group):
         """One warp: for each tile, K and V from the last tile to the first, in the order they are consumed.
 
         Towards a tile's end, but not before, it claims the CTA's next one: whoever is ahead shall get it.
         """
         c = self.config
-        k_at, v_at, s_at = barriers.producing(c.stages), barriers.producing(c.stages), barriers.producing(1)
+        _, of_k, of_v = zip(*loads)
+        k_ring, v_ring = of_k[0], of_v[0]
+        k_at, v_at, s_at = barriers.producing(c.k_stages), barriers.producing(c.stages), barriers.producing(1)
         position, ticket = schedule.first(), Int32(0)
         tile, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length():
             n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
-            source_k = TmaSource.of_head(rings[0], copies[0], shared[0], tensors[0], head // group, batch)
-            source_v = TmaSource.of_head(rings[1], copies[1], shared[1], tensors[1], head // group, batch)
+            source_k = TmaSource.of_head(*of_k, head // group, batch)
+            source_v = TmaSource.of_head(*of_v, head // group, batch)
             k_at = source_k.bring(n_stop - 1, k_at)
-            v_at = self.lend_v(rings[1], v_at)  # to O of the tile before; the first tile's is let pass
+            self.announce(schedule, mask, position, loads, group)
+            v_at = self.lend_v(v_ring, v_at)  # to O of the tile before; the first tile's is let pass
             for step in cutlass.range(n_stop, unroll=1):
                 n = n_stop - 1 - step
                 near_end = step == max(n_stop - CLAIM_AHEAD, 0)
@@ -235,25 +241,31 @@ class ForwardKernel:
                 if near_end:
                     position, (tile, head, batch) = schedule.claimed(ticket, position)
                     s_at = schedule.tell(position, (tile, head, batch), s_at)
-                    self.announce(schedule, mask, position, rings, copies, tensors, shared, tile, head // group, batch)
-        v_at = self.lend_v(rings[1], v_at)
+        v_at = self.lend_v(v_ring, v_at)
         schedule.finish()
-        rings[0].producer_tail(k_at)
-        rings[1].producer_tail(v_at)
+        k_ring.producer_tail(k_at)
+        v_ring.producer_tail(v_at)
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule.ring.producer_tail(s_at)
 
     @cute.jit
-    def announce(self, schedule, mask, position, rings, copies, tensors, shared, tile, head, batch):
-        """Has the first K and V of the tile at a position fetched into the L2 cache."""
+    def announce(self, schedule, mask, position, loads, group):
+        """Has Q and the first K and V of the tile that is a round of CTAs further on, whose ever it will be, fetched into L2."""
         c = self.config
         if cutlass.const_expr(c.l2_ahead > 0):
-            if position < schedule.tiles.length():
+            ahead = position + cute.arch.grid_dim()[0]
+            if ahead < schedule.tiles.length():
+                tile, head, batch = schedule.tiles.tile(ahead)
                 n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
-                for i in cutlass.range_constexpr(c.l2_ahead):
-                    if n_stop > i:
-                        for of in zip(rings, copies, shared, tensors):
-                            TmaSource.of_head(*of, head, batch).announce(n_stop - 1 - i)
+                of_q, of_k, of_v = zip(*loads)
+                source = TmaSource.of_head(*of_q, head, batch)
+                for w in cutlass.range_constexpr(c.consumer_warpgroups):
+                    source.announce(tile * c.consumer_warpgroups + w)
+                for of in (of_k, of_v):
+                    source = TmaSource.of_head(*of, head // group, batch)
+                    for i in cutlass.range_constexpr(c.l2_ahead):
+                        if n_stop > i:
+                            source.announce(n_stop - 1 - i)
 
     def lend_v(self, ring, v_at):
         """A stage of V for the consumers to write O to, if they have no other place."""
@@ -280,12 +292,13 @@ class ForwardKernel:
             thread,
             mask,
             Turns(c.pingpong, c.consumer_warpgroups, index),
-            OnlineSoftmax.start(c.rescale_from, c.max_chains, scale_log2),
+            OnlineSoftmax.start(c.rescale_from, c.max_chains, HIGHEST_P[c.dtype], scale_log2),
             Feeder(not c.warp_specialised, feeds, *loads),
             *rings,
             qk_op,
             pv_op,
             sQ=sQ,
+            sK=sK,
             sP=sP,
             Q=qk.make_fragment_A(qk.get_slice(0).partition_A(own_sQ)),
             K=qk.make_fragment_B(qk.get_slice(0).partition_B(sK)),
@@ -304,7 +317,7 @@ class ForwardKernel:
         c = self.config
         t = self.consumer(index, thread, mask, scale_log2, loads, sP)
         q_at = barriers.consuming(c.q_slots, t.index)
-        k_at, v_at, s_at = barriers.consuming(c.stages), barriers.consuming(c.stages), barriers.consuming(1)
+        k_at, v_at, s_at = barriers.consuming(c.k_stages), barriers.consuming(c.stages), barriers.consuming(1)
         t.turns.begin()
         t.O.fill(0.0)
         v_at = self.let_pass(t.v_ring, v_at, c.o_borrows_v)
@@ -471,23 +484,51 @@ class ForwardKernel:
         t.turns.give()
         t.feeder.step(head, batch, n, k_at, v_at, v_ahead=True)
         wgmma.wait(1)
-        if cutlass.const_expr(not self.config.late_release):
-            t.k_ring.consumer_release(k_at)
-        self.release_q(t, n, q_at)
-        if cutlass.const_expr(masked):
-            t.mask.apply(t.S, first_row, n, t.thread)
-        highest = t.softmax.first_row(t.S)
-        if cutlass.const_expr(self.config.late_release):
-            barriers.release_after(t.k_ring, k_at, t.softmax.l)
-        t.softmax.second_row(t.S, highest)
-        k_at.advance()
+        if cutlass.const_expr(self.config.presume and not masked):
+            self.presumed_p(t, n, q_at, k_at, v_at)
+            k_at.advance()
+            v_at.advance()
+            k_there = self.peek(t, k_at)
+        else:
+            if cutlass.const_expr(not self.config.late_release):
+                t.k_ring.consumer_release(k_at)
+            self.release_q(t, n, q_at)
+            if cutlass.const_expr(masked):
+                t.mask.apply(t.S, first_row, n, t.thread)
+            highest = t.softmax.first_row(t.S)
+            if cutlass.const_expr(self.config.late_release):
+                barriers.release_after(t.k_ring, k_at, t.softmax.l)
+            t.softmax.second_row(t.S, highest)
+            k_at.advance()
+            wgmma.wait(0)
+            t.v_ring.consumer_release(v_at)
+            v_at.advance()
+            k_there = self.peek(t, k_at)
+            self.keep_p(t)
+            t.softmax.rescale(t.O)
+        return k_at, v_at, k_there
+
+    @cute.jit
+    def presumed_p(self, t: Consumer, n, q_at, k_at, v_at):
+        """P of a tile without a mask, against the maximum of before; where a row has a much higher one, once more with that.
+
+        No maximum stands between S and its exponentials, and O stays as it is. A warp that presumed wrongly needs S again.
+        """
+        l_before = cute.make_rmem_tensor(2, Float32)
+        l_before.store(t.softmax.l.load())
+        holds = t.softmax.presume(t.S)
         wgmma.wait(0)
         t.v_ring.consumer_release(v_at)
-        v_at.advance()
-        k_there = self.peek(t, k_at)
         self.keep_p(t)
-        t.softmax.rescale(t.O)
-        return k_at, v_at, k_there
+        if not cute.arch.vote_all_sync(holds):
+            t.softmax.l.store(l_before.load())
+            Q = t.Q if self.config.q_in_registers else t.sQ[None, None, q_at.index]
+            warp_mma.again(t.S, Q, t.sK[None, None, k_at.index], t.thread, self.config.q_in_registers)
+            t.softmax.step(t.S)
+            t.softmax.rescale(t.O)
+            self.keep_p(t)
+        t.k_ring.consumer_release(k_at)
+        self.release_q(t, n, q_at)
 
     def peek(self, t: Consumer, k_at):
         """Whether the next K is there, asked before it is needed: the answer takes as long as several exponentials."""

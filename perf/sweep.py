@@ -8,8 +8,10 @@ the same file.
 import argparse
 import ast
 import itertools
+import json
+import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from rich.console import Console
@@ -24,6 +26,9 @@ from perf import PerfError, peers, results, suites, timing
 from perf.runner import Bench, new_run, plain, require_hopper
 
 
+ONCE_SECONDS = 25  # for a process that starts, loads a kernel and launches it; 15 beside each other
+
+
 @dataclass(frozen=True)
 class Variant(peers.Provider):
     """A config and how many heads are worked on together: "l2" as planned, "all", or a number."""
@@ -35,8 +40,8 @@ class Variant(peers.Provider):
     def name(self):
         c = self.config
         flags = ("P" if c.pingpong else "-") + ("O" if c.overlap else "-") + c.scheduler[0]  # s, p or d
-        flags += "p" * c.p_in_shared + ("q" if c.q_in_registers else "-") + f"{c.rescale_from:g}c{c.max_chains}" + "l" * c.late_release + "k" * c.peek + f"a{c.l2_ahead}" * (c.l2_ahead > 0) + "-ws" * (not c.warp_specialised)
-        return f"{c.tile_m}x{c.tile_n}s{c.stages}{c.q_stages}{flags}:{self.heads}"
+        flags += "p" * c.p_in_shared + ("q" if c.q_in_registers else "-") + f"{c.rescale_from:g}c{c.max_chains}" + "l" * c.late_release + "k" * c.peek + "!" * c.presume + f"a{c.l2_ahead}" * (c.l2_ahead > 0) + "-ws" * (not c.warp_specialised)
+        return f"{c.tile_m}x{c.tile_n}s{c.stages}{c.k_stages}{c.q_stages}{flags}:{self.heads}"
 
     def available(self):
         return None
@@ -90,8 +95,16 @@ def value(text):
         return text
 
 
-def compile_one(config):
-    jit.get(config)  # into the disk cache; a kernel can't be sent back
+def try_one(config):
+    """Compiles a config into the disk cache (a kernel can't be sent back), and has it run once, so that one that hangs is left out."""
+    jit.get(config)
+    once = [sys.executable, "-W", "ignore", "-m", "perf.once", json.dumps(asdict(config))]
+    try:
+        ran = subprocess.run(once, capture_output=True, text=True, timeout=ONCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise PerfError(f"no end after {ONCE_SECONDS} s") from None
+    if ran.returncode:
+        raise PerfError(ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else f"exit status {ran.returncode}")
 
 
 def main():
@@ -113,9 +126,10 @@ def main():
         head_dim, causal, variants = parse(text, args.dtype)
         groups.setdefault((head_dim, causal), {}).update(dict.fromkeys(variants))  # each once
     configs = {variant.config for variants in groups.values() for variant in variants}
-    for config, error in map_configs(compile_one, configs, "compiling"):
+    for config, error in map_configs(try_one, configs, "compiling"):
         if isinstance(error, Exception):  # a variant that doesn't compile is a result too
             plain(console, f"FAILED {config}: {error}")
+            groups = {group: {v: None for v in variants if v.config != config} for group, variants in groups.items()}
 
     others = peers.providers(args.providers.split(",")) + ([peers.OtherCommit(args.against)] if args.against else [])
     missing = [(provider.name, why) for provider in others if (why := provider.available()) is not None]

@@ -10,7 +10,7 @@ from ..configs import WARPGROUP
 
 # Named barriers; 0 is __syncthreads. Warpgroup w uses base + w.
 TURN_BARRIER = 1
-P_BARRIER = 4
+P_BARRIER = 5
 WARP = 32
 UNMADE_NAN = -0x2153  # 0xffffdead as an int: no instruction makes this NaN, they all make 0x7fffffff
 

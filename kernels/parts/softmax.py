@@ -28,15 +28,16 @@ class OnlineSoftmax:
 
     rescale_from: Constexpr[float]
     max_chains: Constexpr[int]
+    highest_p: Constexpr[float]
     scale_log2: Float32
     m: cute.Tensor
     l: cute.Tensor
     correction: cute.Tensor
 
     @classmethod
-    def start(cls, rescale_from, max_chains, scale_log2):
+    def start(cls, rescale_from, max_chains, highest_p, scale_log2):
         m, l, correction = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
-        return cls(rescale_from, max_chains, scale_log2, m, l, correction)
+        return cls(rescale_from, max_chains, highest_p, scale_log2, m, l, correction)
 
     @cute.jit
     def reset(self):
@@ -48,6 +49,23 @@ class OnlineSoftmax:
         """S becomes P = exp(S - m), in place; l takes it in; correction is what O must be multiplied with for it."""
         highest = self.first_row(S)
         self.second_row(S, highest)
+
+    @cute.jit
+    def presume(self, S: cute.Tensor):
+        """The step on the presumption that m needn't move: S becomes P, l takes it in. Returns whether that holds for this thread's scores.
+
+        It does if the sum of the exponentials is no higher than any P may be. Where a row has no maximum yet it doesn't.
+        """
+        s, holds = wgmma.flat(S), True
+        for r in cutlass.range_constexpr(2):
+            shift, l_tile = self.m[r] * self.scale_log2, Float32(0.0)
+            for i in row_of(S, r):
+                p = exp2(s[i] * self.scale_log2 - shift)
+                s[i] = p
+                l_tile = p if i == row_of(S, r)[0] else l_tile + p
+            holds = holds and l_tile <= self.highest_p
+            self.l[r] = self.l[r] + l_tile
+        return holds
 
     @cute.jit
     def first_row(self, S: cute.Tensor):

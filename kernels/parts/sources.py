@@ -19,7 +19,7 @@ class TmaSource:
     tiles: cute.Tensor  # (copy, tile) coordinates in global memory
 
     @classmethod
-    def of_head(cls, ring, atom, shared, tensor, head, batch):
+    def of_head(cls, ring, atom, tensor, shared, head, batch):
         return cls(ring, atom, *tiles.partition(atom, shared, tensor, head, batch))
 
     @cute.jit
@@ -53,7 +53,7 @@ class Feeder:
 
     def source(self, which, head, batch):
         head = head if which == 0 else head // (self.tensors[0].shape[2] // self.tensors[1].shape[2])
-        return TmaSource.of_head(self.rings[which], self.copies[which], self.shared[which], self.tensors[which], head, batch)
+        return TmaSource.of_head(self.rings[which], self.copies[which], self.tensors[which], self.shared[which], head, batch)
 
     @cute.jit
     def start(self, tile, head, batch, n, warpgroups: Constexpr[int], q_at, k_at):

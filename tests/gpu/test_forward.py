@@ -365,6 +365,20 @@ def test_every_score_far_below_zero(dtype, causal):
     assert lse.max() < -300
 
 
+@dtypes
+@head_dims
+@masks
+@pytest.mark.parametrize("rise", [0.02, 0.5, 3.0])
+def test_scores_that_rise_towards_the_first_key(dtype, d, causal, rise):
+    """The kernel works from the last key to the first, so the maxima of these rows never stand still; every third row's fall."""
+    q, k, v = inputs(2, 700, 900, 4, 2, d, dtype)
+    q[..., 0] = 8.0
+    q[:, ::3, :, 0] = -8.0
+    q[:, 1::3, 1, 0] = 0.0
+    k[..., 0] = rise * torch.arange(900, 0, -1, device=k.device)[:, None] * math.sqrt(d) / 8
+    check(q, k, v, causal=causal, lse_tolerance=2e-2)
+
+
 def test_probabilities_of_one_key_return_its_value():
     """With scores so far apart that P is one-hot, O is V's row to the last bit."""
     key = torch.eye(128, device="cuda", dtype=BF16) * 100
