@@ -28,27 +28,24 @@ class ForwardConfig:
     dtype: "fp16" or "bf16", of Q, K, V and O.
     head_dim: 64, 128 or 256, of Q, K, V and O.
     mask: "none", or "causal" aligned to the bottom right.
-    tile_m: queries a CTA owns at a time; 64 for each consumer warpgroup, so 64, 128, 192 or 256.
+    tile_m: queries a CTA owns at a time; 64 for each consumer warpgroup, so 64, 128 or 192.
     tile_n: keys of one step of the mainloop, a multiple of 16.
     stages: tiles of K, and of V, that are in flight.
-    extra_k_stages: tiles of K in flight beyond those: at a change of tiles only K is loaded ahead.
+    extra_k_stages: tiles of K in flight beyond those: a tile of queries needs its first K before anything else.
     q_stages: tiles of Q in shared memory; with 2, or in registers, the next one is there before this one is done with.
-    l2_ahead: tiles of K and V of the next tile of queries that are fetched into the L2 cache once that is claimed.
     warp_specialised: a producer warpgroup does all loading; without, a consumer warp loads between its WGMMAs, one step ahead
         (for comparison: the paper's Table 2).
     pingpong: warpgroups take turns on the tensor cores, one's softmax under the other's GEMMs (paper, section 3.1).
     overlap: S of the next tile is issued before the softmax of this one (paper, section 3.2, Algorithm 2).
     scheduler: "single", one CTA a tile; "persistent", one CTA an SM, each with its list of tiles; or "dynamic", one CTA
         an SM, each taking the next tile that is left (parts/schedule.py).
-    p_in_shared: P goes through shared memory to the second GEMM, and not from registers: those it frees let tile_n grow.
     q_in_registers: Q is read from shared memory once a tile and not once a step.
     rescale_from: O is rescaled once a row's maximum has risen by more than 2 to this power (parts/softmax.py); with 0, on
         every tile, and without a branch.
     max_chains: independent chains in which a thread takes the maximum of a row of S.
     late_release: with overlap, K's stage is released, and O awaited, after the first row's exponentials and not before.
-    peek: with overlap, whether the next K is there is asked before P is rounded, and waited for only if it wasn't.
-    presume: with overlap, exponentials of tiles without a mask are taken against the maximum known before them; only where a row's
-        sum shows that it has risen beyond what P can hold is S computed again and the maximum taken.
+    presume: with overlap, P of a tile without a mask is taken against the maximum known before it, and the maximum of its scores
+        only where a row's sum shows that the two are too far apart; then S is computed again.
     lse: write the log-sum-exp of each query row.
     """
 
@@ -60,17 +57,14 @@ class ForwardConfig:
     stages: int = 2
     extra_k_stages: int = 0
     q_stages: int = 1
-    l2_ahead: int = 0
     warp_specialised: bool = True
     pingpong: bool = True
     overlap: bool = True
     scheduler: str = "dynamic"
-    p_in_shared: bool = False
     q_in_registers: bool = False
     rescale_from: float = 8.0
     max_chains: int = 1
     late_release: bool = False
-    peek: bool = False
     presume: bool = False
     lse: bool = True
 
@@ -85,7 +79,7 @@ class ForwardConfig:
         one_of("dtype", tuple(DTYPE_BYTES))
         one_of("head_dim", (64, 128, 256))
         one_of("mask", ("none", "causal"))
-        one_of("tile_m", (64, 128, 192, 256))
+        one_of("tile_m", (64, 128, 192))
         one_of("scheduler", ("single", "persistent", "dynamic"))
         if not (16 <= self.tile_n <= 256 and self.tile_n % 16 == 0):
             raise ConfigError(f"tile_n must be a multiple of 16 from 16 to 256, got {self.tile_n!r}")
@@ -97,18 +91,14 @@ class ForwardConfig:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
         one_of("extra_k_stages", (0, 1, 2))
         one_of("q_stages", (1, 2))
-        if not 0 <= self.l2_ahead <= 4:
-            raise ConfigError(f"l2_ahead must be from 0 to 4, got {self.l2_ahead!r}")
-        if self.p_in_shared and self.tile_n % 64:
-            raise ConfigError(f"p_in_shared needs a tile_n that is a multiple of 64, for the swizzle, got {self.tile_n}")
         if self.overlap and self.stages < 2:
             raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
         if self.late_release and not self.overlap:
             raise ConfigError("late_release places a wait of the overlapped mainloop and needs overlap=True, got False")
-        if self.peek and not self.overlap:
-            raise ConfigError("peek is for the overlapped mainloop and needs overlap=True, got False")
-        if self.l2_ahead and (self.scheduler == "single" or not self.warp_specialised):
-            raise ConfigError("l2_ahead needs a producer warp with a next tile: not scheduler='single', not warp_specialised=False")
+        if self.presume and not self.overlap:
+            raise ConfigError("presume is for the overlapped mainloop and needs overlap=True, got False")
+        if self.presume and self.late_release and self.mask == "none":
+            raise ConfigError("late_release places a wait that no tile has with presume=True and mask='none'")
         if not self.warp_specialised:
             for name, needed in (("mask", "none"), ("overlap", True), ("pingpong", False)):
                 if getattr(self, name) != needed:
@@ -155,7 +145,7 @@ class ForwardConfig:
     @property
     def registers(self):
         """Registers of a (producer, consumer) thread after setmaxnreg (paper, section 3.1); () where there is no producer."""
-        return {1: (56, 256), 2: (24, 240), 3: (32, 160), 4: (24, 112)}[self.consumer_warpgroups] if self.warp_specialised else ()
+        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[self.consumer_warpgroups] if self.warp_specialised else ()
 
     @property
     def consumer_registers(self):
@@ -171,17 +161,16 @@ class ForwardConfig:
         """Registers that the tiles alone hold in a consumer thread: S and O in fp32, Q, and P where it waits beside the next S."""
         S, O = 64 * self.tile_n // WARPGROUP, 64 * self.head_dim // WARPGROUP
         Q = self.head_dim // 4 if self.q_in_registers else 0
-        return S + O + Q + (S // 2 if self.overlap and not self.p_in_shared else 0)
+        return S + O + Q + (S // 2 if self.overlap else 0)
 
     @property
     def tile_bytes(self):
-        """Bytes of the shared-memory tiles: one stage of Q and of K (or V), P where it goes there, O where it has its own."""
+        """Bytes of the shared-memory tiles: one stage of Q and of K (or V), O where it has its own."""
         element = DTYPE_BYTES[self.dtype]
         row = self.head_dim * element
         return {
             "Q": self.tile_m * row,
             "K": self.tile_n * row,
-            "P": self.p_in_shared * self.tile_m * self.tile_n * element,
             "O": 0 if self.o_borrows_v else self.tile_m * row,
         }
 
@@ -207,8 +196,7 @@ class ForwardConfig:
     def o_borrows_v(self):
         """Whether O leaves through a stage of V, which is lent out after each tile: where there is no room for its own."""
         rows = (1 + self.q_stages) * self.tile_m + self.kv_stages * self.tile_n
-        elements = rows * self.head_dim + self.p_in_shared * self.tile_m * self.tile_n
-        return elements * DTYPE_BYTES[self.dtype] + self.barrier_bytes > SHARED_MEMORY_LIMIT
+        return rows * self.head_dim * DTYPE_BYTES[self.dtype] + self.barrier_bytes > SHARED_MEMORY_LIMIT
 
     @property
     def o_columns(self):
@@ -227,4 +215,4 @@ class ForwardConfig:
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        return self.barrier_bytes + self.q_stages * t["Q"] + t["P"] + t["O"] + self.kv_stages * t["K"]
+        return self.barrier_bytes + self.q_stages * t["Q"] + t["O"] + self.kv_stages * t["K"]

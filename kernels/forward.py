@@ -16,7 +16,7 @@ from cutlass.memory import SmemAllocator
 
 from .configs import WARPGROUP, ForwardConfig
 from .parts import barriers, tiles, warp_mma, wgmma
-from .parts.barriers import P_BARRIER, WARP, Turns
+from .parts.barriers import WARP, Turns
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, StagedOutput
 from .parts.rounding import round_into
@@ -47,12 +47,11 @@ class Consumer:
     pv: Constexpr  # and of O = P V
     sQ: cute.Tensor  # Q in shared memory, (64, head_dim, slot)
     sK: cute.Tensor  # and K, (tile_n, head_dim, stage)
-    sP: cute.Tensor | None  # this warpgroup's P in shared memory, (64, tile_n), if it goes there
     Q: cute.Tensor  # Q, K, V as operands: in shared memory, but Q in registers where the config says so
     K: cute.Tensor
     V: cute.Tensor
     S: cute.Tensor  # registers
-    P: cute.Tensor  # or an operand in shared memory
+    P: cute.Tensor
     O: cute.Tensor
 
 
@@ -86,12 +85,11 @@ class ForwardKernel:
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
-        p_layout = tiles.smem_layout(self.dtype, ROWS, c.tile_n, c.consumer_warpgroups) if c.p_in_shared else None
         o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.o_columns, c.tile_m // WARP_ROWS)
         store_o, O = tiles.tma_store(O, o_layout, WARP_ROWS, c.o_columns)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
         grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
-        copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, v_layout, p_layout, o_layout)
+        copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, v_layout, o_layout)
         scale_log2 = softmax_scale * Float32(LOG2_E)
         self.kernel(copies, Q, K, V, O, LSE, scale_log2, head_group, counter, layouts).launch(
             grid=[grid, 1, 1],
@@ -131,7 +129,7 @@ class ForwardKernel:
         scale_log2: Float32,
         head_group: Int32,
         counter: cute.Tensor | None,
-        layouts: tuple[cute.ComposedLayout | None, ...],  # of Q, K, V, P, O
+        layouts: tuple[cute.ComposedLayout, ...],  # of Q, K, V, O
     ):
         c = self.config
         thread = cute.arch.thread_idx()[0]
@@ -144,9 +142,8 @@ class ForwardKernel:
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2)
         slot = smem.allocate_tensor(Int32, cute.make_layout(4), byte_alignment=16)
-        q_layout, k_layout, v_layout, p_layout, o_layout = layouts
+        q_layout, k_layout, v_layout, o_layout = layouts
         sQ, sK, sV = (self.allocate(smem, layout) for layout in (q_layout, k_layout, v_layout))
-        sP = self.allocate(smem, p_layout) if c.p_in_shared else None
         sO, o_stages = (sV, c.stages) if c.o_borrows_v else (self.allocate(smem, o_layout), 1)
         o_stride = c.tile_n * c.head_dim  # of V's stages; one of its own has none
         output = StagedOutput.in_memory(copies[3], sO, o_layout, o_stages, o_stride, O, c.consumer_warpgroups)
@@ -173,7 +170,7 @@ class ForwardKernel:
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slot, counter)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
         loads = (q_ring, k_ring, v_ring), copies[:3], (Q, K, V), (sQ, sK, sV)
-        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, sP, output, LSE
+        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, output, LSE
         if cutlass.const_expr(not c.warp_specialised):
             self.consume(warpgroup_index, *work)
         elif warpgroup_index == 0:
@@ -225,7 +222,6 @@ class ForwardKernel:
             source_k = TmaSource.of_head(*of_k, head // group, batch)
             source_v = TmaSource.of_head(*of_v, head // group, batch)
             k_at = source_k.bring(n_stop - 1, k_at)
-            self.announce(schedule, mask, position, loads, group)
             v_at = self.lend_v(v_ring, v_at)  # to O of the tile before; the first tile's is let pass
             for step in cutlass.range(n_stop, unroll=1):
                 n = n_stop - 1 - step
@@ -248,45 +244,20 @@ class ForwardKernel:
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule.ring.producer_tail(s_at)
 
-    @cute.jit
-    def announce(self, schedule, mask, position, loads, group):
-        """Has Q and the first K and V of the tile that is a round of CTAs further on, whose ever it will be, fetched into L2."""
-        c = self.config
-        if cutlass.const_expr(c.l2_ahead > 0):
-            ahead = position + cute.arch.grid_dim()[0]
-            if ahead < schedule.tiles.length():
-                tile, head, batch = schedule.tiles.tile(ahead)
-                n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
-                of_q, of_k, of_v = zip(*loads)
-                source = TmaSource.of_head(*of_q, head, batch)
-                for w in cutlass.range_constexpr(c.consumer_warpgroups):
-                    source.announce(tile * c.consumer_warpgroups + w)
-                for of in (of_k, of_v):
-                    source = TmaSource.of_head(*of, head // group, batch)
-                    for i in cutlass.range_constexpr(c.l2_ahead):
-                        if n_stop > i:
-                            source.announce(n_stop - 1 - i)
-
     def lend_v(self, ring, v_at):
         """A stage of V for the consumers to write O to, if they have no other place."""
         return barriers.lend(ring, v_at) if self.config.o_borrows_v else v_at
 
-    def consumer(self, index, thread, mask, scale_log2, loads, sP):
+    def consumer(self, index, thread, mask, scale_log2, loads):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
         rings, _, _, (sQ, sK, sV) = loads
         feeds = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARP) == 0
         registers, shared = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
-        q_source, p_source = registers if c.q_in_registers else shared, shared if c.p_in_shared else registers
-        qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, q_source)
-        pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, p_source)
+        qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, registers if c.q_in_registers else shared)
+        pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, registers)
         qk, pv = cute.make_tiled_mma(qk_op), cute.make_tiled_mma(pv_op)
         own_sQ = sQ[None, None, index] if c.q_in_registers else sQ
-        if c.p_in_shared:
-            sP = sP[None, None, index]
-            P = pv.make_fragment_A(pv.get_slice(0).partition_A(sP))
-        else:
-            P = cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), self.dtype)
         return Consumer(
             index,
             thread,
@@ -299,23 +270,22 @@ class ForwardKernel:
             pv_op,
             sQ=sQ,
             sK=sK,
-            sP=sP,
             Q=qk.make_fragment_A(qk.get_slice(0).partition_A(own_sQ)),
             K=qk.make_fragment_B(qk.get_slice(0).partition_B(sK)),
             V=pv.make_fragment_B(pv.get_slice(0).partition_B(tiles.transposed(sV))),
             S=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), Float32),
-            P=P,
+            P=cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), self.dtype),
             O=cute.make_rmem_tensor(pv.partition_shape_C((ROWS, c.head_dim)), Float32),
         )
 
     @cute.jit
-    def consume(self, index, schedule, mask, scale_log2, thread, loads, sP, output, LSE):
+    def consume(self, index, schedule, mask, scale_log2, thread, loads, output, LSE):
         """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE.
 
         With overlap, tiles follow each other as steps do: one's last O and the next one's first S are in flight together.
         """
         c = self.config
-        t = self.consumer(index, thread, mask, scale_log2, loads, sP)
+        t = self.consumer(index, thread, mask, scale_log2, loads)
         q_at = barriers.consuming(c.q_slots, t.index)
         k_at, v_at, s_at = barriers.consuming(c.k_stages), barriers.consuming(c.stages), barriers.consuming(1)
         t.turns.begin()
@@ -446,22 +416,21 @@ class ForwardKernel:
         t.softmax.step(t.S)
         if cutlass.const_expr(not first):
             t.softmax.rescale(t.O)
-        self.keep_p(t)
+        round_into(t.P, t.S)
         return k_at
 
     @cute.jit
     def mainloop(self, t: Consumer, tile, head, batch, n, n_unmasked, q_at, k_at, v_at):
         """From a P to the last one: key tiles from the last to the first, so that those that need masking come first."""
         first_row = tile * self.config.tile_m + t.index * ROWS
-        k_there = self.peek(t, k_at)
         if cutlass.const_expr(self.config.overlap):
             if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
                 while n > n_unmasked:
                     n -= 1
-                    k_at, v_at, k_there = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, k_there, masked=True)
+                    k_at, v_at = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, masked=True)
             while n > 0:
                 n -= 1
-                k_at, v_at, k_there = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, k_there, masked=False)
+                k_at, v_at = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, masked=False)
         else:
             while n > 0:
                 n -= 1
@@ -474,9 +443,9 @@ class ForwardKernel:
         return k_at, v_at
 
     @cute.jit
-    def overlapped_step(self, t: Consumer, first_row, head, batch, n, q_at, k_at, v_at, k_there, masked: Constexpr[bool]):
+    def overlapped_step(self, t: Consumer, first_row, head, batch, n, q_at, k_at, v_at, masked: Constexpr[bool]):
         """Algorithm 2's loop: S of tile n and O of tile n + 1 are in flight together, the softmax of tile n follows."""
-        t.k_ring.consumer_wait(k_at, k_there)
+        t.k_ring.consumer_wait(k_at)
         t.turns.take()
         self.issue_s(t, q_at, k_at)
         t.v_ring.consumer_wait(v_at)
@@ -488,7 +457,6 @@ class ForwardKernel:
             self.presumed_p(t, n, q_at, k_at, v_at)
             k_at.advance()
             v_at.advance()
-            k_there = self.peek(t, k_at)
         else:
             if cutlass.const_expr(not self.config.late_release):
                 t.k_ring.consumer_release(k_at)
@@ -503,10 +471,9 @@ class ForwardKernel:
             wgmma.wait(0)
             t.v_ring.consumer_release(v_at)
             v_at.advance()
-            k_there = self.peek(t, k_at)
-            self.keep_p(t)
+            round_into(t.P, t.S)
             t.softmax.rescale(t.O)
-        return k_at, v_at, k_there
+        return k_at, v_at
 
     @cute.jit
     def presumed_p(self, t: Consumer, n, q_at, k_at, v_at):
@@ -519,20 +486,16 @@ class ForwardKernel:
         holds = t.softmax.presume(t.S)
         wgmma.wait(0)
         t.v_ring.consumer_release(v_at)
-        self.keep_p(t)
+        round_into(t.P, t.S)
         if not cute.arch.vote_all_sync(holds):
             t.softmax.l.store(l_before.load())
             Q = t.Q if self.config.q_in_registers else t.sQ[None, None, q_at.index]
             warp_mma.again(t.S, Q, t.sK[None, None, k_at.index], t.thread, self.config.q_in_registers)
             t.softmax.step(t.S)
             t.softmax.rescale(t.O)
-            self.keep_p(t)
+            round_into(t.P, t.S)
         t.k_ring.consumer_release(k_at)
         self.release_q(t, n, q_at)
-
-    def peek(self, t: Consumer, k_at):
-        """Whether the next K is there, asked before it is needed: the answer takes as long as several exponentials."""
-        return barriers.is_full(t.k_ring, k_at) if self.config.peek else None
 
     @cute.jit
     def o_alone(self, t: Consumer, v_at):
@@ -558,18 +521,8 @@ class ForwardKernel:
 
     def issue_o(self, t, v_at):
         """O += P V, in flight."""
-        P = t.P if self.config.p_in_shared else wgmma.as_operand(t.P, self.config.tile_n)
+        P = wgmma.as_operand(t.P, self.config.tile_n)
         wgmma.issue(t.pv, t.O, P, t.V[None, None, None, v_at.index], zero=False)
-
-    @cute.jit
-    def keep_p(self, t: Consumer):
-        """P, rounded, to where the second GEMM takes it from."""
-        if cutlass.const_expr(self.config.p_in_shared):
-            wgmma.store_accumulator(t.qk, t.S, t.sP, t.thread)
-            cute.arch.fence_view_async_shared()
-            cute.arch.barrier(barrier_id=P_BARRIER + t.index, number_of_threads=WARPGROUP)
-        else:
-            round_into(t.P, t.S)
 
     @cute.jit
     def epilogue(self, t: Consumer, output, LSE, tile, head, batch, v_at):

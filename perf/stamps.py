@@ -24,6 +24,9 @@ MARKS = [  # method, line, where, what it says
     ("overlapped_step", "t.softmax.second_row", "after", "softmax"),
     ("overlapped_step", "wgmma.wait(0)", "after", "O"),
     ("overlapped_step", "t.softmax.rescale", "after", "P"),
+    ("presumed_p", "holds =", "after", "softmax"),
+    ("presumed_p", "t.v_ring.consumer_release", "after", "O"),
+    ("presumed_p", "t.k_ring.consumer_release", "before", "P"),
     ("consume", "finished =", "before", "end of tile"),
     ("consume", "going_on = c.overlap", "before", "next tile"),
     ("consume", "t.v_ring.consumer_wait(v_at)", "after", "Q, V"),
@@ -33,7 +36,7 @@ MARKS = [  # method, line, where, what it says
     ("consume", "wgmma.wait(1)", "after", "O"),
     ("consume", "self.epilogue", "after", "epilogue"),
     ("p_alone", "wgmma.wait(0)", "after", "S"),
-    ("p_alone", "self.keep_p", "after", "P"),
+    ("p_alone", "round_into", "after", "P"),
     ("consume", "output.finish", "after", "end"),
 ]
 STAMP = """
@@ -62,8 +65,8 @@ def stamped(source):
     for before, after in (
         ("@dataclass(frozen=True)\nclass Consumer:", STAMP.replace("KEPT", str(KEPT)) + "@dataclass(frozen=True)\nclass Consumer:"),
         ("    O: cute.Tensor\n\n\nclass", "    O: cute.Tensor\n    stamps: Int64\n    stamped: cute.Tensor\n\n\nclass"),
-        ("loads, sP):", "loads, sP, LSE):"),
-        ("loads, sP)\n", "loads, sP, LSE)\n        t.stamped[0] = Int32(0)\n"),
+        ("scale_log2, loads):", "scale_log2, loads, LSE):"),
+        ("thread, mask, scale_log2, loads)\n", "thread, mask, scale_log2, loads, LSE)\n        t.stamped[0] = Int32(0)\n"),
         (
             "(ROWS, c.head_dim)), Float32),\n",
             "(ROWS, c.head_dim)), Float32),\n"

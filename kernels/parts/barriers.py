@@ -10,7 +10,6 @@ from ..configs import WARPGROUP
 
 # Named barriers; 0 is __syncthreads. Warpgroup w uses base + w.
 TURN_BARRIER = 1
-P_BARRIER = 5
 WARP = 32
 UNMADE_NAN = -0x2153  # 0xffffdead as an int: no instruction makes this NaN, they all make 0x7fffffff
 
@@ -46,11 +45,6 @@ def producing(stages):
 def consuming(stages, first=0):
     """A consumer's place in a ring of so many stages, of which it starts with number `first`."""
     return pipeline.PipelineState(stages, Int32(0), Int32(first), Int32(0))
-
-
-def is_full(ring, at):
-    """Whether the stage at a consumer's place is filled; doesn't wait."""
-    return cute.arch.mbarrier_test_wait(ring.producer_get_barrier(at), at.phase)
 
 
 def filling(at, offset=0):

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from fa3 import inspect, plan, toolkit
-from fa3.inspect import expected_wgmmas, inspect_all, problems, read_report
+from fa3.inspect import expected_warp_mmas, expected_wgmmas, inspect_all, problems, read_report
 from fa3.kernels.configs import ForwardConfig
 
 SHIPPED = plan.shipped()
@@ -25,7 +25,9 @@ OTHERS = [  # configs that nobody ships, for the formulas
     ForwardConfig(head_dim=256, tile_m=128, tile_n=64, overlap=False, scheduler="dynamic"),
     ForwardConfig(dtype="fp16", tile_n=176, mask="causal", scheduler="dynamic"),
     ForwardConfig(tile_n=96, scheduler="single"),
-    ForwardConfig(head_dim=64, tile_m=192, tile_n=192, p_in_shared=True, peek=True),
+    ForwardConfig(mask="causal", presume=True),
+    ForwardConfig(head_dim=64, tile_m=192, presume=True, scheduler="single", extra_k_stages=1),
+    ForwardConfig(presume=True, q_in_registers=True),
     ForwardConfig(warp_specialised=False, pingpong=False, scheduler="persistent", q_in_registers=True),
 ]
 
@@ -49,8 +51,9 @@ def test_shipped_kernel(config, reports):
     assert problems(report) == []
     # the same again, spelled out
     assert (report.stack, report.local, report.counts["LDL"], report.counts["STL"]) == (0, 0, 0, 0)
-    assert {name for name, count in report.matrix.items() if count} == {"HGMMA"}
-    assert report.matrix["HGMMA"] == expected_wgmmas(config)
+    expected = {"HGMMA": expected_wgmmas(config), "HMMA": expected_warp_mmas(config), "QGMMA": 0}
+    assert {**expected, **report.matrix} == expected
+    assert report.matrix["HGMMA"] > 0 and (report.matrix.get("HMMA", 0) > 0) == config.presume
     assert report.counts["UTMALDG"] >= 3 and report.counts["UTMASTG"] >= 1
     assert report.counts["MUFU.EX2"] >= config.tile_n * 64 // 128  # S, once in the code at least
     assert report.registers == config.entry_registers
@@ -141,8 +144,8 @@ BROKEN = {
     "local": (lambda r: replace(r, local=16), "spill: .*16 of local memory"),
     "loads from local memory": (with_count("LDL", 3), r"spill: .*3 loads \(LDL\)"),
     "stores to local memory": (with_count("STL", 5), r"spill: .*5 stores \(STL\)"),
-    "warp-level matrix instruction": (with_matrix(HMMA=8), "8 HMMA: HGMMA is the only"),
-    "fp8 matrix instruction": (with_matrix(QGMMA=1), "1 QGMMA: HGMMA is the only"),
+    "warp-level matrix instruction": (with_matrix(HMMA=8), "8 HMMA, expected 0"),
+    "fp8 matrix instruction": (with_matrix(QGMMA=1), "1 QGMMA, expected 0"),
     "one WGMMA too few": (with_matrix(HGMMA=47), "47 HGMMA, expected 48"),
     "no WGMMA": (with_matrix(HGMMA=0), "0 HGMMA, expected 48"),
     "serialised": (with_count("WARPGROUP.DEPBAR", 48), "serialised: 48 waits .* for 48 HGMMA"),
