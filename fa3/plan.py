@@ -8,12 +8,12 @@ from .problem import Problem
 # (head_dim, mask) -> what differs from ForwardConfig's defaults. Chosen by the sweeps of perf/NOTES.md, the last of which are
 # perf/results/2026-11-22-sweep-fwd-h200.json and 2026-11-22-stream-fwd-h200.json.
 FORWARD = {
-    (64, "none"): dict(tile_m=192, tile_n=128, q_stages=2, rescale_from=0.0),
-    (64, "causal"): dict(tile_m=192, tile_n=128, q_stages=2, max_chains=4),
-    (128, "none"): dict(tile_m=128, tile_n=128, q_in_registers=True, late_release=True),
-    (128, "causal"): dict(tile_m=128, tile_n=128, q_in_registers=True, late_release=True),
-    (256, "none"): dict(tile_m=128, tile_n=80, late_release=True),
-    (256, "causal"): dict(tile_m=128, tile_n=80, late_release=True),
+    (64, "none"): dict(tile_m=192, tile_n=128, stages=3, q_stages=2, presume=True),
+    (64, "causal"): dict(tile_m=192, tile_n=128, stages=3, q_stages=2, presume=True),
+    (128, "none"): dict(tile_m=128, tile_n=128, extra_k_stages=1, q_in_registers=True, presume=True),
+    (128, "causal"): dict(tile_m=128, tile_n=128, extra_k_stages=1, q_in_registers=True, presume=True),
+    (256, "none"): dict(tile_m=128, tile_n=64, extra_k_stages=1, late_release=True),
+    (256, "causal"): dict(tile_m=128, tile_n=64, extra_k_stages=1, late_release=True),
 }
 L2_SHARE = 0.6  # of the L2 cache, for the K and V of the heads worked on together
 

@@ -31,7 +31,7 @@ class ForwardConfig:
     tile_m: queries a CTA owns at a time; 64 for each consumer warpgroup, so 64, 128 or 192.
     tile_n: keys of one step of the mainloop, a multiple of 16.
     stages: tiles of K, and of V, that are in flight.
-    extra_k_stages: tiles of K in flight beyond those: a tile of queries needs its first K before anything else.
+    extra_k_stages: tiles of K in flight beyond those: at a change of tiles only K is loaded ahead.
     q_stages: tiles of Q in shared memory; with 2, or in registers, the next one is there before this one is done with.
     warp_specialised: a producer warpgroup does all loading; without, a consumer warp loads between its WGMMAs, one step ahead
         (for comparison: the paper's Table 2).
@@ -42,7 +42,6 @@ class ForwardConfig:
     q_in_registers: Q is read from shared memory once a tile and not once a step.
     rescale_from: O is rescaled once a row's maximum has risen by more than 2 to this power (parts/softmax.py); with 0, on
         every tile, and without a branch.
-    max_chains: independent chains in which a thread takes the maximum of a row of S.
     late_release: with overlap, K's stage is released, and O awaited, after the first row's exponentials and not before.
     presume: with overlap, P of a tile without a mask is taken against the maximum known before it, and the maximum of its scores
         only where a row's sum shows that the two are too far apart; then S is computed again.
@@ -63,7 +62,6 @@ class ForwardConfig:
     scheduler: str = "dynamic"
     q_in_registers: bool = False
     rescale_from: float = 8.0
-    max_chains: int = 1
     late_release: bool = False
     presume: bool = False
     lse: bool = True
@@ -85,8 +83,6 @@ class ForwardConfig:
             raise ConfigError(f"tile_n must be a multiple of 16 from 16 to 256, got {self.tile_n!r}")
         if not 0 <= self.rescale_from <= 8:
             raise ConfigError(f"rescale_from must be from 0 to 8, for P to stay within fp16, got {self.rescale_from!r}")
-        if not 1 <= self.max_chains <= self.tile_n // 4:
-            raise ConfigError(f"max_chains must be from 1 to tile_n / 4 = {self.tile_n // 4}, got {self.max_chains!r}")
         if not 1 <= self.stages <= 8:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
         one_of("extra_k_stages", (0, 1, 2))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, pipeline
+from cutlass import Boolean, Constexpr, Float32, Int32, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
@@ -26,7 +26,7 @@ from .parts.sources import Feeder, TmaSource
 
 DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
 CLAIM_AHEAD = 4  # tiles of K before a tile's end, at which the next tile is claimed: a few steps hide what that takes
-HIGHEST_P = {"fp16": 2.0**15, "bf16": 2.0**60}  # what P may grow to before its maximum must follow: no overflow of P, l, O
+HIGHEST_P = {"fp16": 2.0**15, "bf16": 2.0**60}  # what P may grow to before its maximum must follow: P, l and O don't overflow
 ROWS = 64  # query rows of a consumer warpgroup: the M of a WGMMA
 
 
@@ -263,7 +263,7 @@ class ForwardKernel:
             thread,
             mask,
             Turns(c.pingpong, c.consumer_warpgroups, index),
-            OnlineSoftmax.start(c.rescale_from, c.max_chains, HIGHEST_P[c.dtype], scale_log2),
+            OnlineSoftmax.start(c.rescale_from, HIGHEST_P[c.dtype], scale_log2),
             Feeder(not c.warp_specialised, feeds, *loads),
             *rings,
             qk_op,
@@ -289,7 +289,6 @@ class ForwardKernel:
         q_at = barriers.consuming(c.q_slots, t.index)
         k_at, v_at, s_at = barriers.consuming(c.k_stages), barriers.consuming(c.stages), barriers.consuming(1)
         t.turns.begin()
-        t.O.fill(0.0)
         v_at = self.let_pass(t.v_ring, v_at, c.o_borrows_v)
         position = schedule.first()
         tile, head, batch = schedule.tiles.tile(position)
@@ -308,7 +307,7 @@ class ForwardKernel:
                 v_at = self.let_pass(t.v_ring, v_at, skipped)
                 going_on = True
                 while going_on:
-                    k_at, v_at = self.mainloop(t, tile, head, batch, n, n_unmasked, q_at, k_at, v_at)
+                    k_at, v_at, o_begun = self.mainloop(t, tile, head, batch, n, n_unmasked, q_at, k_at, v_at)
                     if cutlass.const_expr(not (c.q_waits or c.q_in_registers)):
                         t.q_ring.consumer_release(q_at)
                     q_at.advance(c.consumer_warpgroups)
@@ -320,7 +319,7 @@ class ForwardKernel:
                         self.load_q(t, q_at)
                         t.v_ring.consumer_wait(v_at)
                         t.turns.take()
-                        self.issue_o(t, v_at)
+                        self.issue_o(t, v_at, o_begun)
                         n, n_unmasked, skipped, k_at = self.start_tile(t, tile, q_at, k_at)
                         t.turns.give()
                         t.feeder.step(head, batch, n, k_at, v_at, v_ahead=True)
@@ -332,7 +331,7 @@ class ForwardKernel:
                         v_at = self.return_v(t, output, v_at)
                         v_at = self.let_pass(t.v_ring, v_at, skipped)
                     else:
-                        v_at = self.o_alone(t, v_at)
+                        v_at = self.o_alone(t, v_at, o_begun)
                         self.epilogue(t, output, LSE, *finished, v_at)
                         v_at = self.return_v(t, output, v_at)
         output.finish()
@@ -423,40 +422,44 @@ class ForwardKernel:
     def mainloop(self, t: Consumer, tile, head, batch, n, n_unmasked, q_at, k_at, v_at):
         """From a P to the last one: key tiles from the last to the first, so that those that need masking come first."""
         first_row = tile * self.config.tile_m + t.index * ROWS
+        o_begun = Boolean(False)
         if cutlass.const_expr(self.config.overlap):
             if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
                 while n > n_unmasked:
                     n -= 1
-                    k_at, v_at = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, masked=True)
+                    k_at, v_at = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, o_begun, masked=True)
+                    o_begun = Boolean(True)
             while n > 0:
                 n -= 1
-                k_at, v_at = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, masked=False)
+                k_at, v_at = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, o_begun, masked=False)
+                o_begun = Boolean(True)
         else:
             while n > 0:
                 n -= 1
-                v_at = self.o_alone(t, v_at)
+                v_at = self.o_alone(t, v_at, o_begun)
+                o_begun = Boolean(True)
                 t.k_ring.consumer_wait(k_at)
                 t.turns.take()
                 self.issue_s(t, q_at, k_at)
                 t.turns.give()
                 k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=False)
-        return k_at, v_at
+        return k_at, v_at, o_begun
 
     @cute.jit
-    def overlapped_step(self, t: Consumer, first_row, head, batch, n, q_at, k_at, v_at, masked: Constexpr[bool]):
+    def overlapped_step(self, t: Consumer, first_row, head, batch, n, q_at, k_at, v_at, o_begun, masked: Constexpr[bool]):
         """Algorithm 2's loop: S of tile n and O of tile n + 1 are in flight together, the softmax of tile n follows."""
         t.k_ring.consumer_wait(k_at)
         t.turns.take()
         self.issue_s(t, q_at, k_at)
         t.v_ring.consumer_wait(v_at)
-        self.issue_o(t, v_at)
+        self.issue_o(t, v_at, o_begun)
         t.turns.give()
         t.feeder.step(head, batch, n, k_at, v_at, v_ahead=True)
         wgmma.wait(1)
         if cutlass.const_expr(self.config.presume and not masked):
-            self.presumed_p(t, n, q_at, k_at, v_at)
-            k_at.advance()
-            v_at.advance()
+            self.presumed_p(t, q_at, k_at, v_at)
+            t.k_ring.consumer_release(k_at)
+            self.release_q(t, n, q_at)
         else:
             if cutlass.const_expr(not self.config.late_release):
                 t.k_ring.consumer_release(k_at)
@@ -467,41 +470,38 @@ class ForwardKernel:
             if cutlass.const_expr(self.config.late_release):
                 barriers.release_after(t.k_ring, k_at, t.softmax.l)
             t.softmax.second_row(t.S, highest)
-            k_at.advance()
             wgmma.wait(0)
             t.v_ring.consumer_release(v_at)
-            v_at.advance()
             round_into(t.P, t.S)
             t.softmax.rescale(t.O)
+        k_at.advance()
+        v_at.advance()
         return k_at, v_at
 
     @cute.jit
-    def presumed_p(self, t: Consumer, n, q_at, k_at, v_at):
-        """P of a tile without a mask, against the maximum of before; where a row has a much higher one, once more with that.
+    def presumed_p(self, t: Consumer, q_at, k_at, v_at):
+        """P of a tile without a mask against the maximum of before; where a row has a much higher one, once more with that.
 
-        No maximum stands between S and its exponentials, and O stays as it is. A warp that presumed wrongly needs S again.
+        So no maximum stands between S and its exponentials, and O stays as it is. A warp that presumed wrongly needs S again.
         """
-        l_before = cute.make_rmem_tensor(2, Float32)
-        l_before.store(t.softmax.l.load())
-        holds = t.softmax.presume(t.S)
+        l_tile, holds = t.softmax.presume(t.S)
         wgmma.wait(0)
         t.v_ring.consumer_release(v_at)
         round_into(t.P, t.S)
-        if not cute.arch.vote_all_sync(holds):
-            t.softmax.l.store(l_before.load())
+        if cute.arch.vote_all_sync(holds):
+            t.softmax.take_in(l_tile)
+        else:
             Q = t.Q if self.config.q_in_registers else t.sQ[None, None, q_at.index]
             warp_mma.again(t.S, Q, t.sK[None, None, k_at.index], t.thread, self.config.q_in_registers)
             t.softmax.step(t.S)
             t.softmax.rescale(t.O)
             round_into(t.P, t.S)
-        t.k_ring.consumer_release(k_at)
-        self.release_q(t, n, q_at)
 
     @cute.jit
-    def o_alone(self, t: Consumer, v_at):
+    def o_alone(self, t: Consumer, v_at, o_begun):
         """O += P V of a tile, with nothing to overlap."""
         t.v_ring.consumer_wait(v_at)
-        self.issue_o(t, v_at)
+        self.issue_o(t, v_at, o_begun)
         wgmma.wait(0)
         t.v_ring.consumer_release(v_at)
         v_at.advance()
@@ -517,16 +517,15 @@ class ForwardKernel:
     def issue_s(self, t, q_at, k_at):
         """S = Q Kᵀ, in flight."""
         Q = t.Q if self.config.q_in_registers else t.Q[None, None, None, q_at.index]
-        wgmma.issue(t.qk, t.S, Q, t.K[None, None, None, k_at.index], zero=True)
+        wgmma.issue(t.qk, t.S, Q, t.K[None, None, None, k_at.index], accumulate=False)
 
-    def issue_o(self, t, v_at):
-        """O += P V, in flight."""
-        P = wgmma.as_operand(t.P, self.config.tile_n)
-        wgmma.issue(t.pv, t.O, P, t.V[None, None, None, v_at.index], zero=False)
+    def issue_o(self, t, v_at, o_begun):
+        """O = P V, or O += P V once it is begun, in flight."""
+        wgmma.issue(t.pv, t.O, wgmma.as_operand(t.P, self.config.tile_n), t.V[None, None, None, v_at.index], accumulate=o_begun)
 
     @cute.jit
     def epilogue(self, t: Consumer, output, LSE, tile, head, batch, v_at):
-        """O and LSE to memory, but for the rows past the end; O is zero afterwards. v_at: the stage of V lent for it, if one is."""
+        """O and LSE to memory, but for the rows past the end. v_at: the stage of V lent for it, if one is."""
         c = self.config
         t.softmax.finish(t.O)
         if cutlass.const_expr(LSE is not None):
@@ -540,7 +539,6 @@ class ForwardKernel:
             t.v_ring.consumer_wait(v_at)
             stage = v_at.index
         output.write(t.O, stage, tile, head, batch, t.index, t.thread)
-        t.O.fill(0.0)
 
     @cute.jit
     def return_v(self, t: Consumer, output, v_at):

@@ -35,7 +35,7 @@ class TileList:
         group_tiles = self.query_tiles * self.head_group
         group, within = position // group_tiles, position % group_tiles
         first_head = group * self.head_group
-        heads_here = min(self.head_group, self.heads * self.batch - first_head)
+        heads_here = max(1, min(self.head_group, self.heads * self.batch - first_head))  # 0 only past the list's end
         query_tile, head = within // heads_here, first_head + within % heads_here
         if cutlass.const_expr(self.longest_first):
             query_tile = self.query_tiles - 1 - query_tile

@@ -1,11 +1,11 @@
 """Online softmax of one warpgroup's 64 rows (paper, section 2.3; Milakov and Gimelshein, arXiv 1805.02867).
 
-Each thread holds two rows' share: m, the running maximum of the raw scores, and l, the running sum of exponentials over
-this thread's columns only; the four lanes of a row add their shares once, at the end.
+Each thread holds two rows' share: m, the running maximum of the scores, times scale_log2, and l, the running sum of
+exponentials over this thread's columns only; the four lanes of a row add their shares once, at the end.
 
-m follows the true maximum only when that has risen by more than a factor of 2**rescale_from since (FlashAttention-4,
-arXiv 2603.05451): O and l stay as they are, P grows to 2**rescale_from at most, and the division by l at
-the end makes it exact. So O is rescaled on the first few tiles of a row and hardly ever after.
+m need not be the true maximum: O and l stay as they are while that rises, P grows beyond 1, and the division by l at the
+end makes it exact. So m follows only when the maximum has risen by more than a factor of 2**rescale_from (FlashAttention-4,
+arXiv 2603.05451). And it need not be looked for (`presume`): that it has risen too far shows in the sums of P.
 """
 
 import math
@@ -27,7 +27,6 @@ class OnlineSoftmax:
     """m and l of this thread's two rows; scale_log2 is softmax_scale · log2(e), so that exponentials are powers of 2."""
 
     rescale_from: Constexpr[float]
-    max_chains: Constexpr[int]
     highest_p: Constexpr[float]
     scale_log2: Float32
     m: cute.Tensor
@@ -35,9 +34,9 @@ class OnlineSoftmax:
     correction: cute.Tensor
 
     @classmethod
-    def start(cls, rescale_from, max_chains, highest_p, scale_log2):
+    def start(cls, rescale_from, highest_p, scale_log2):
         m, l, correction = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
-        return cls(rescale_from, max_chains, highest_p, scale_log2, m, l, correction)
+        return cls(rescale_from, highest_p, scale_log2, m, l, correction)
 
     @cute.jit
     def reset(self):
@@ -52,20 +51,21 @@ class OnlineSoftmax:
 
     @cute.jit
     def presume(self, S: cute.Tensor):
-        """The step on the presumption that m needn't move: S becomes P, l takes it in. Returns whether that holds for this thread's scores.
-
-        It does if the sum of the exponentials is no higher than any P may be. Where a row has no maximum yet it doesn't.
+        """A step on the presumption that m needn't move: S becomes P. Returns the rows' sums, for `take_in`, and whether they are
+        those of a presumption that holds: no higher than any P may be. Where m is -inf it doesn't.
         """
-        s, holds = wgmma.flat(S), True
+        s, l_tile = wgmma.flat(S), [Float32(0.0), Float32(0.0)]
         for r in cutlass.range_constexpr(2):
-            shift, l_tile = self.m[r] * self.scale_log2, Float32(0.0)
             for i in row_of(S, r):
-                p = exp2(s[i] * self.scale_log2 - shift)
+                p = exp2(s[i] * self.scale_log2 - self.m[r])
                 s[i] = p
-                l_tile = p if i == row_of(S, r)[0] else l_tile + p
-            holds = holds and l_tile <= self.highest_p
-            self.l[r] = self.l[r] + l_tile
-        return holds
+                l_tile[r] = p if i == row_of(S, r)[0] else l_tile[r] + p
+        return l_tile, l_tile[0] <= self.highest_p and l_tile[1] <= self.highest_p
+
+    def take_in(self, l_tile):
+        """What `presume` summed, into l."""
+        for r in range(2):
+            self.l[r] = self.l[r] + l_tile[r]
 
     @cute.jit
     def first_row(self, S: cute.Tensor):
@@ -79,36 +79,31 @@ class OnlineSoftmax:
         """The step of row half 1, whose maximum is made to wait for the first row's (`highest`) by a select whose outcome
         only NaN could change: left alone, ptxas takes both maxima first, and the special-function unit idles meanwhile.
         """
-        seed = self.m[1] if highest >= self.m[0] or highest < self.m[0] else highest
+        seed = -Float32.inf if highest >= self.m[0] or highest < self.m[0] else highest
         self.maximum(S, 1, seed)
         self.exponentials(S, 1)
 
     @cute.jit
     def maximum(self, S: cute.Tensor, r: cutlass.Constexpr[int], seed):
-        """m takes in row half r of S, starting from seed (m itself). Returns this thread's own maximum."""
+        """m takes in row half r of S, starting from seed (-inf). Returns this thread's own maximum of it."""
         s, row, m_old = wgmma.flat(S), row_of(S, r), self.m[r]
-        chains = [seed, *(s[i] for i in row[: self.max_chains - 1])]
-        for place, i in enumerate(row[self.max_chains - 1 :]):
-            chains[place % self.max_chains] = cute.arch.fmax(chains[place % self.max_chains], s[i])
-        highest = chains[0]
-        for other in chains[1:]:
-            highest = cute.arch.fmax(highest, other)
-        m_new = quad_max(highest)
+        highest = seed
+        for i in row:
+            highest = cute.arch.fmax(highest, s[i])
+        m_new = cute.arch.fmax(m_old, quad_max(highest) * self.scale_log2)
         if cutlass.const_expr(self.rescale_from > 0):
-            m_new = m_new if (m_new - m_old) * self.scale_log2 > self.rescale_from else m_old
+            m_new = m_new if m_new - m_old > self.rescale_from else m_old
         self.m[r] = m_new
-        # a difference first: contracted to an FMA, m_old · scale - m · scale is a rounding error where m stands still, and
-        # then O and l drift by it tile after tile, and are never seen to need no rescaling
-        self.correction[r] = exp2((m_old - self.finite(r)) * self.scale_log2)
+        self.correction[r] = exp2(m_old - self.finite(r))
         return highest
 
     @cute.jit
     def exponentials(self, S: cute.Tensor, r: cutlass.Constexpr[int]):
         """Row half r of S becomes P, and l takes it in."""
-        s, row, shift = wgmma.flat(S), row_of(S, r), self.finite(r) * self.scale_log2
+        s, row, m = wgmma.flat(S), row_of(S, r), self.finite(r)
         l_tile = Float32(0.0)
         for i in row:
-            p = exp2(s[i] * self.scale_log2 - shift)
+            p = exp2(s[i] * self.scale_log2 - m)
             s[i] = p
             l_tile = p if i == row[0] else l_tile + p
         self.l[r] = self.l[r] * self.correction[r] + l_tile
@@ -133,7 +128,7 @@ class OnlineSoftmax:
         """O is normalised; m becomes the log-sum-exp of each row (natural log). Empty rows: zeros, and -inf."""
         for r in cutlass.range_constexpr(2):
             self.l[r] = quad_sum(self.l[r])
-            lse = self.m[r] * (self.scale_log2 * LN_2) + cute.math.log(self.l[r], fastmath=True)
+            lse = self.m[r] * LN_2 + cute.math.log(self.l[r], fastmath=True)
             self.m[r] = -Float32.inf if self.l[r] == 0.0 else lse
             self.correction[r] = cute.arch.rcp_approx(self.l[r])
         scale_rows(O, self.correction)

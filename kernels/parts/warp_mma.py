@@ -40,4 +40,3 @@ def add(mma: cute.TiledMma, acc: cute.Tensor, A: cute.Tensor, copy_b, shared_b: 
         part = cute.make_tensor(acc.iterator + 8 * j, cute.make_layout(((2, 2), 1, 2), stride=((1, 2), 0, 4)))
         cute.copy(copy_b, shared_b[None, j], copy_b.retile(B)[None, 0, 0])
         cute.gemm(mma, part, A, B, part)
-        cute.arch.sync_warp()

@@ -16,12 +16,12 @@ def operation(dtype, n, b_major, a_source):
 
 
 @cute.jit
-def issue(op: cutlass.Constexpr, acc: cute.Tensor, A: cute.Tensor, B: cute.Tensor, zero: cutlass.Constexpr[bool]):
-    """acc (+)= A Bᵀ as one group of WGMMAs in flight: acc and a register A must not be touched until it is waited for."""
+def issue(op: cutlass.Constexpr, acc: cute.Tensor, A: cute.Tensor, B: cute.Tensor, accumulate):
+    """acc = A Bᵀ, or acc += A Bᵀ with accumulate (known when compiled, or not), as one group of WGMMAs in flight: acc and a register A must not be touched until it is waited for."""
     mma = cute.make_tiled_mma(op)
     warpgroup.fence()
     for k in cutlass.range_constexpr(cute.size(A, mode=[2])):
-        mma.set(warpgroup.Field.ACCUMULATE, not (zero and k == 0))
+        mma.set(warpgroup.Field.ACCUMULATE, accumulate if k == 0 else True)
         cute.gemm(mma, acc, A[None, None, k], B[None, None, k], acc)
     warpgroup.commit_group()
 

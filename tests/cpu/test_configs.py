@@ -59,7 +59,6 @@ def test_what_is_accepted_fits_an_sm():
         (dict(tile_n=272), "tile_n must be .* from 16 to 256, got 272"),
         (dict(late_release=True, overlap=False), "late_release .* needs overlap=True"),
         (dict(rescale_from=9.0), "rescale_from must be from 0 to 8.*, got 9.0"),
-        (dict(max_chains=0), "max_chains must be from 1 to .*32, got 0"),
         (dict(stages=0), "stages must be .*, got 0"),
         (dict(scheduler="random"), "scheduler must be one of .*'persistent'.*, got 'random'"),
         (dict(warp_specialised=False), "warp_specialised=False needs pingpong=False, got True"),

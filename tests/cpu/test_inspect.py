@@ -27,7 +27,6 @@ OTHERS = [  # configs that nobody ships, for the formulas
     ForwardConfig(tile_n=96, scheduler="single"),
     ForwardConfig(mask="causal", presume=True),
     ForwardConfig(head_dim=64, tile_m=192, presume=True, scheduler="single", extra_k_stages=1),
-    ForwardConfig(presume=True, q_in_registers=True),
     ForwardConfig(warp_specialised=False, pingpong=False, scheduler="persistent", q_in_registers=True),
 ]
 
