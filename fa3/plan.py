@@ -8,8 +8,8 @@ from .problem import Problem
 # (head_dim, mask) -> what differs from ForwardConfig's defaults. Chosen by the sweeps of perf/NOTES.md, the last of which are
 # perf/results/2026-11-22-sweep-fwd-h200.json and 2026-11-22-stream-fwd-h200.json.
 FORWARD = {
-    (64, "none"): dict(tile_m=192, tile_n=128, stages=3, q_stages=2, presume=True),
-    (64, "causal"): dict(tile_m=192, tile_n=128, stages=3, q_stages=2, presume=True),
+    (64, "none"): dict(tile_m=192, tile_n=128, stages=3, extra_q_slots=3, presume=True),
+    (64, "causal"): dict(tile_m=192, tile_n=128, stages=3, extra_q_slots=3, presume=True),
     (128, "none"): dict(tile_m=128, tile_n=128, extra_k_stages=1, q_in_registers=True, presume=True),
     (128, "causal"): dict(tile_m=128, tile_n=128, extra_k_stages=1, q_in_registers=True, presume=True),
     (256, "none"): dict(tile_m=128, tile_n=64, extra_k_stages=1, late_release=True),

@@ -32,7 +32,7 @@ class ForwardConfig:
     tile_n: keys of one step of the mainloop, a multiple of 16.
     stages: tiles of K, and of V, that are in flight.
     extra_k_stages: tiles of K in flight beyond those: at a change of tiles only K is loaded ahead.
-    q_stages: tiles of Q in shared memory; with 2, or in registers, the next one is there before this one is done with.
+    extra_q_slots: places for 64 rows of Q in shared memory beyond the one of each warpgroup: the next tile's come there early.
     warp_specialised: a producer warpgroup does all loading; without, a consumer warp loads between its WGMMAs, one step ahead
         (for comparison: the paper's Table 2).
     pingpong: warpgroups take turns on the tensor cores, one's softmax under the other's GEMMs (paper, section 3.1).
@@ -55,7 +55,7 @@ class ForwardConfig:
     tile_n: int = 128
     stages: int = 2
     extra_k_stages: int = 0
-    q_stages: int = 1
+    extra_q_slots: int = 0
     warp_specialised: bool = True
     pingpong: bool = True
     overlap: bool = True
@@ -86,7 +86,7 @@ class ForwardConfig:
         if not 1 <= self.stages <= 8:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
         one_of("extra_k_stages", (0, 1, 2))
-        one_of("q_stages", (1, 2))
+        one_of("extra_q_slots", tuple(range(self.consumer_warpgroups + 1)))
         if self.overlap and self.stages < 2:
             raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
         if self.late_release and not self.overlap:
@@ -102,7 +102,7 @@ class ForwardConfig:
             if self.scheduler == "dynamic":
                 raise ConfigError("warp_specialised=False has no warp to claim tiles: scheduler can't be 'dynamic'")
             if self.q_waits:
-                raise ConfigError("warp_specialised=False loads Q ahead and needs q_stages=2 or q_in_registers=True")
+                raise ConfigError("warp_specialised=False loads Q ahead and needs extra_q_slots=tile_m/64 or q_in_registers=True")
             if self.o_borrows_v:
                 raise ConfigError(f"{self}: without a producer warpgroup no stage of V is lent to O, which finds no other place")
         if self.pingpong and self.consumer_warpgroups < 2:
@@ -161,11 +161,11 @@ class ForwardConfig:
 
     @property
     def tile_bytes(self):
-        """Bytes of the shared-memory tiles: one stage of Q and of K (or V), O where it has its own."""
+        """Bytes of the shared-memory tiles: 64 rows of Q, one stage of K (or V), O where it has its own."""
         element = DTYPE_BYTES[self.dtype]
         row = self.head_dim * element
         return {
-            "Q": self.tile_m * row,
+            "Q": 64 * row,
             "K": self.tile_n * row,
             "O": 0 if self.o_borrows_v else self.tile_m * row,
         }
@@ -181,17 +181,17 @@ class ForwardConfig:
     @property
     def q_slots(self):
         """Places for a warpgroup's rows of Q in shared memory."""
-        return self.consumer_warpgroups * self.q_stages
+        return self.consumer_warpgroups + self.extra_q_slots
 
     @property
     def q_waits(self):
         """Whether the next Q must wait for its place until this tile's last S."""
-        return self.q_stages == 1 and not self.q_in_registers
+        return self.extra_q_slots < self.consumer_warpgroups and not self.q_in_registers
 
     @property
     def o_borrows_v(self):
         """Whether O leaves through a stage of V, which is lent out after each tile: where there is no room for its own."""
-        rows = (1 + self.q_stages) * self.tile_m + self.kv_stages * self.tile_n
+        rows = 64 * self.q_slots + self.tile_m + self.kv_stages * self.tile_n
         return rows * self.head_dim * DTYPE_BYTES[self.dtype] + self.barrier_bytes > SHARED_MEMORY_LIMIT
 
     @property
@@ -211,4 +211,4 @@ class ForwardConfig:
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        return self.barrier_bytes + self.q_stages * t["Q"] + t["O"] + self.kv_stages * t["K"]
+        return self.barrier_bytes + self.q_slots * t["Q"] + t["O"] + self.kv_stages * t["K"]

@@ -149,7 +149,7 @@ class ForwardKernel:
         output = StagedOutput.in_memory(copies[3], sO, o_layout, o_stages, o_stride, O, c.consumer_warpgroups)
 
         consumer_warps = c.consumer_warpgroups * WARPGROUP // WARP
-        q_ring = barriers.tma_ring(q_barriers, c.q_slots, c.tile_bytes["Q"] // c.consumer_warpgroups, WARPGROUP // WARP)
+        q_ring = barriers.tma_ring(q_barriers, c.q_slots, c.tile_bytes["Q"], WARPGROUP // WARP)
         k_ring = barriers.tma_ring(k_barriers, c.k_stages, c.tile_bytes["K"], consumer_warps)
         v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None

@@ -42,7 +42,7 @@ class Variant(peers.Provider):
         flags = ("P" if c.pingpong else "-") + ("O" if c.overlap else "-") + c.scheduler[0]  # s, p or d
         flags += ("q" if c.q_in_registers else "-") + f"{c.rescale_from:g}" + "l" * c.late_release
         flags += "!" * c.presume + "-ws" * (not c.warp_specialised)
-        return f"{c.tile_m}x{c.tile_n}s{c.stages}{c.k_stages}{c.q_stages}{flags}:{self.heads}"
+        return f"{c.tile_m}x{c.tile_n}s{c.stages}{c.k_stages}{c.q_slots}{flags}:{self.heads}"
 
     def available(self):
         return None
