@@ -111,7 +111,7 @@ class ForwardConfig:
             raise ConfigError(
                 f"{self} needs {self.shared_memory} bytes of shared memory, a Hopper block has {SHARED_MEMORY_LIMIT}"
             )
-        if self.o_borrows_v and self.tile_m * self.o_columns > self.tile_n * self.head_dim:
+        if self.o_buffers < 1:
             raise ConfigError(
                 f"{self} leaves O neither {self.tile_m} rows of shared memory of its own (of {SHARED_MEMORY_LIMIT} bytes) "
                 f"nor a stage of V that holds {self.o_columns} columns of them"
@@ -196,11 +196,13 @@ class ForwardConfig:
 
     @property
     def o_columns(self):
-        """Columns of O that its place in shared memory holds at a time: all, or the part that a stage of V has room for."""
-        columns = self.head_dim
-        while self.o_borrows_v and columns > 64 and self.tile_m * columns > self.tile_n * self.head_dim:
-            columns //= 2
-        return columns
+        """Columns of O that leave at a time: all, or of a lent stage of V what a TMA store takes in one piece."""
+        return 64 if self.o_borrows_v else self.head_dim
+
+    @property
+    def o_buffers(self):
+        """Places for o_columns of O, used in turn."""
+        return min(self.head_dim // 64, self.tile_n * self.head_dim // (self.tile_m * 64)) if self.o_borrows_v else 1
 
     @property
     def barrier_bytes(self):

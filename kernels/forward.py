@@ -85,7 +85,7 @@ class ForwardKernel:
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
-        o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.o_columns, c.tile_m // WARP_ROWS)
+        o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.o_columns, c.o_buffers * c.tile_m // WARP_ROWS)
         store_o, O = tiles.tma_store(O, o_layout, WARP_ROWS, c.o_columns)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
         grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
@@ -146,7 +146,7 @@ class ForwardKernel:
         sQ, sK, sV = (self.allocate(smem, layout) for layout in (q_layout, k_layout, v_layout))
         sO, o_stages = (sV, c.stages) if c.o_borrows_v else (self.allocate(smem, o_layout), 1)
         o_stride = c.tile_n * c.head_dim  # of V's stages; one of its own has none
-        output = StagedOutput.in_memory(copies[3], sO, o_layout, o_stages, o_stride, O, c.consumer_warpgroups)
+        output = StagedOutput.in_memory(copies[3], sO, o_layout, o_stages, o_stride, O, c.consumer_warpgroups, c.o_buffers)
 
         consumer_warps = c.consumer_warpgroups * WARPGROUP // WARP
         q_ring = barriers.tma_ring(q_barriers, c.q_slots, c.tile_bytes["Q"], WARPGROUP // WARP)

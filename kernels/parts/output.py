@@ -18,19 +18,20 @@ WARP_ROWS = 16  # rows of a warpgroup's accumulator that one warp holds
 class StagedOutput:
     """Through shared memory and on by TMA, which clips the rows past the end: each warp its 16 rows, on its own.
 
-    Where a stage holds but some columns, they go one part after the other.
+    Where there isn't room for all columns they go in parts, through `buffers` places in turn.
     """
 
     atom: cute.CopyAtom
-    stages: cute.Tensor  # (16, columns, warp of the CTA, stage) shared memory
+    stages: cute.Tensor  # (16, columns of a part, (warp of the CTA, buffer), stage) shared memory
     O: cute.Tensor  # (seqlen_q, head_dim, heads, batch) coordinates in global memory
     warpgroups: Constexpr[int]
+    buffers: Constexpr[int]
 
     @classmethod
-    def in_memory(cls, atom, memory, layout, stages, stride, O, warpgroups):
+    def in_memory(cls, atom, memory, layout, stages, stride, O, warpgroups, buffers):
         """In so many stages at a swizzled tensor's memory, `stride` elements apart, each laid out as tiles.smem_layout has it."""
         staged = cute.make_layout((*layout.outer.shape, stages), stride=(*layout.outer.stride, stride))
-        return cls(atom, cute.make_tensor(memory.iterator, staged), O, warpgroups)
+        return cls(atom, cute.make_tensor(memory.iterator, staged), O, warpgroups, buffers)
 
     @cute.jit
     def write(self, acc: cute.Tensor, stage, tile, head, batch, index, thread):
@@ -40,19 +41,21 @@ class StagedOutput:
         parts = cute.size(self.O, mode=[1]) // columns
         op = wgmma.operation(shared.element_type, columns, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         by_row = cute.group_modes(cute.make_tensor(shared.iterator, cute.select(shared.layout, mode=[0, 2, 1])), 0, 2)
-        rows = cute.local_tile(by_row, (WARPS * WARP_ROWS, columns), (index, 0))
         warp = index * WARPS + cute.arch.make_warp_uniform(thread // WARP)
         for part in cutlass.range_constexpr(parts):
-            self.finish()
+            buffer = part % self.buffers
+            self.finish(0 if part == 0 else self.buffers - 1)
+            rows = cute.local_tile(by_row, (WARPS * WARP_ROWS, columns), (index + buffer * self.warpgroups, 0))
             wgmma.store_accumulator(op, wgmma.columns(acc, part, parts), rows, thread)
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
             tO, gO = tiles.partition(self.atom, shared, self.O, head, batch, part)
-            cute.copy(self.atom, tO[None, warp], gO[None, tile * (self.warpgroups * WARPS) + warp])
+            place = warp + buffer * self.warpgroups * WARPS
+            cute.copy(self.atom, tO[None, place], gO[None, tile * (self.warpgroups * WARPS) + warp])
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def finish(self):
-        """Waits until TMA has read what the warp stored before, so that the shared memory is free again."""
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+    def finish(self, but: Constexpr[int] = 0):
+        """Waits until TMA has read what the warp stored before, but for so many parts, so that that shared memory is free again."""
+        cute.arch.cp_async_bulk_wait_group(but, read=True)
         cute.arch.sync_warp()
