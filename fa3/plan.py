@@ -12,8 +12,8 @@ FORWARD = {
     (64, "causal"): dict(tile_m=192, tile_n=128, stages=3, extra_q_slots=3, presume=True),
     (128, "none"): dict(tile_m=128, tile_n=128, extra_k_stages=1, q_in_registers=True, presume=True),
     (128, "causal"): dict(tile_m=128, tile_n=128, extra_k_stages=1, q_in_registers=True, presume=True),
-    (256, "none"): dict(tile_m=128, tile_n=64, extra_k_stages=1, late_release=True),
-    (256, "causal"): dict(tile_m=128, tile_n=64, extra_k_stages=1, late_release=True),
+    (256, "none"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
+    (256, "causal"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
 }
 L2_SHARE = 0.6  # of the L2 cache, for the K and V of the heads worked on together
 

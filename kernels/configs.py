@@ -141,7 +141,10 @@ class ForwardConfig:
     @property
     def registers(self):
         """Registers of a (producer, consumer) thread after setmaxnreg (paper, section 3.1); () where there is no producer."""
-        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[self.consumer_warpgroups] if self.warp_specialised else ()
+        if not self.warp_specialised:
+            return ()
+        two = (56, 224) if self.head_dim == 256 else (24, 240)  # a tile of d 256 is four TMA loads
+        return {1: (56, 256), 2: two, 3: (32, 160)}[self.consumer_warpgroups]
 
     @property
     def consumer_registers(self):
