@@ -20,7 +20,7 @@ from .parts.barriers import WARP, Turns
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, StagedOutput
 from .parts.rounding import round_into
-from .parts.schedule import Schedule, TileList
+from .parts.schedule import Divisor, Schedule, TileList
 from .parts.softmax import LOG2_E, OnlineSoftmax
 from .parts.sources import Feeder, TmaSource
 
@@ -88,10 +88,12 @@ class ForwardKernel:
         o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.o_columns, c.o_buffers * c.tile_m // WARP_ROWS)
         store_o, O = tiles.tma_store(O, o_layout, WARP_ROWS, c.o_columns)
         query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
-        grid = query_tiles * Q.shape[2] * Q.shape[3] if c.scheduler == "single" else ctas
+        tile_list = TileList.of(c.mask == "causal", query_tiles, Q.shape[2], Q.shape[3], head_group)
+        grid = tile_list.length if c.scheduler == "single" else ctas
         copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, v_layout, o_layout)
         scale_log2 = softmax_scale * Float32(LOG2_E)
-        self.kernel(copies, Q, K, V, O, LSE, scale_log2, head_group, counter, layouts).launch(
+        queries_per_kv = Divisor(Q.shape[2] // K.shape[2])
+        self.kernel(copies, Q, K, V, O, LSE, scale_log2, tile_list, queries_per_kv, counter, layouts).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
             smem=c.shared_memory,
@@ -127,7 +129,8 @@ class ForwardKernel:
         O: cute.Tensor,
         LSE: cute.Tensor | None,
         scale_log2: Float32,
-        head_group: Int32,
+        tile_list: TileList,
+        queries_per_kv: Divisor,
         counter: cute.Tensor | None,
         layouts: tuple[cute.ComposedLayout, ...],  # of Q, K, V, O
     ):
@@ -160,24 +163,21 @@ class ForwardKernel:
                 cpasync.prefetch_descriptor(copy)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()  # what stands above may run while the kernel before this one on the stream ends
-        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_launch_dependents()  # the next kernel on the stream may start; it waits for this one's end
 
         seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
-        heads, batch = Q.shape[2], Q.shape[3]
-        query_tiles = cute.ceil_div(seqlen_q, c.tile_m)
-        tile_list = TileList(c.mask == "causal", query_tiles, heads, batch, head_group)
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slot, counter)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
         loads = (q_ring, k_ring, v_ring), copies[:3], (Q, K, V), (sQ, sK, sV)
         work = schedule, mask, scale_log2, thread % WARPGROUP, loads, output, LSE
         if cutlass.const_expr(not c.warp_specialised):
+            cute.arch.griddepcontrol_wait()
             self.consume(warpgroup_index, *work)
         elif warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
+            cute.arch.griddepcontrol_wait()  # for the end of the kernel before: nobody touches memory before these have loaded
             if warp_index == 0:
-                group = heads // K.shape[2]  # query heads of a K/V head
-                self.produce_kv(schedule, mask, loads, group)
+                self.produce_kv(schedule, mask, loads, queries_per_kv)
             elif warp_index == 1:
                 self.produce_q(schedule, *(of_all[0] for of_all in loads))
         else:
@@ -195,7 +195,7 @@ class ForwardKernel:
         q_at, s_at = barriers.producing(c.q_slots), barriers.consuming(1)
         position = schedule.first()
         tile, head, batch = schedule.tiles.tile(position)
-        while position < schedule.tiles.length():
+        while position < schedule.tiles.length:
             source = TmaSource.of_head(ring, copy, Q, sQ, head, batch)
             if cutlass.const_expr(c.q_waits):
                 for w in cutlass.range_constexpr(c.consumer_warpgroups):
@@ -206,7 +206,7 @@ class ForwardKernel:
         ring.producer_tail(q_at)
 
     @cute.jit
-    def produce_kv(self, schedule, mask, loads, group):
+    def produce_kv(self, schedule, mask, loads, queries_per_kv):
         """One warp: for each tile, K and V from the last tile to the first, in the order they are consumed.
 
         Towards a tile's end, but not before, it claims the CTA's next one: whoever is ahead shall get it.
@@ -217,10 +217,10 @@ class ForwardKernel:
         k_at, v_at, s_at = barriers.producing(c.k_stages), barriers.producing(c.stages), barriers.producing(1)
         position, ticket = schedule.first(), Int32(0)
         tile, head, batch = schedule.tiles.tile(position)
-        while position < schedule.tiles.length():
+        while position < schedule.tiles.length:
             n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
-            source_k = TmaSource.of_head(*of_k, head // group, batch)
-            source_v = TmaSource.of_head(*of_v, head // group, batch)
+            source_k = TmaSource.of_head(*of_k, head // queries_per_kv, batch)
+            source_v = TmaSource.of_head(*of_v, head // queries_per_kv, batch)
             k_at = source_k.bring(n_stop - 1, k_at)
             v_at = self.lend_v(v_ring, v_at)  # to O of the tile before; the first tile's is let pass
             for step in cutlass.range(n_stop, unroll=1):
@@ -292,7 +292,7 @@ class ForwardKernel:
         v_at = self.let_pass(t.v_ring, v_at, c.o_borrows_v)
         position = schedule.first()
         tile, head, batch = schedule.tiles.tile(position)
-        while position < schedule.tiles.length():
+        while position < schedule.tiles.length:
             if not self.has_rows(t, tile):
                 q_at, k_at, v_at = self.pass_over(t, tile, q_at, k_at, v_at)
                 position, (tile, head, batch), s_at = schedule.hear(position, s_at)
@@ -313,7 +313,7 @@ class ForwardKernel:
                     q_at.advance(c.consumer_warpgroups)
                     finished = tile, head, batch
                     position, (tile, head, batch), s_at = schedule.hear(position, s_at)
-                    going_on = c.overlap and position < schedule.tiles.length() and self.has_rows(t, tile)
+                    going_on = c.overlap and position < schedule.tiles.length and self.has_rows(t, tile)
                     if going_on:
                         t.feeder.start(tile, head, batch, self.first_n(t, tile), c.consumer_warpgroups, q_at, k_at)
                         self.load_q(t, q_at)

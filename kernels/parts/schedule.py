@@ -15,31 +15,39 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, pipeline
 
 
+Divisor = cute.FastDivmodDivisorV2  # a number that was prepared, on the host, for being divided by
+
+
 @dataclass(frozen=True)
 class TileList:
-    """The list of all tiles. head_group: heads (of all batches, flattened) that are worked on together."""
+    """The list of all tiles, heads in groups that are worked on together. Heads of all batches are counted through."""
 
     longest_first: Constexpr[bool]
     query_tiles: Int32
-    heads: Int32
-    batch: Int32
-    head_group: Int32
+    length: Int32
+    last_group: Int32
+    group_tiles: Divisor
+    group_heads: Divisor
+    last_heads: Divisor  # in the last group, which may have fewer
+    heads: Divisor  # of one batch
 
-    @cute.jit
-    def length(self):
-        return self.query_tiles * self.heads * self.batch
+    @classmethod
+    def of(cls, longest_first, query_tiles, heads, batch, head_group):
+        last = heads * batch - 1
+        divisors = (query_tiles * head_group, head_group, last % head_group + 1, heads)
+        return cls(longest_first, query_tiles, query_tiles * heads * batch, last // head_group, *map(Divisor, divisors))
 
     @cute.jit
     def tile(self, position):
         """(query tile, head, batch) at a position of the list."""
-        group_tiles = self.query_tiles * self.head_group
-        group, within = position // group_tiles, position % group_tiles
-        first_head = group * self.head_group
-        heads_here = max(1, min(self.head_group, self.heads * self.batch - first_head))  # 0 only past the list's end
-        query_tile, head = within // heads_here, first_head + within % heads_here
+        group, within = divmod(position, self.group_tiles)
+        query_tile, head = divmod(within, self.group_heads)
+        if group >= self.last_group:
+            query_tile, head = divmod(within, self.last_heads)
+        batch, head = divmod(group * self.group_heads.divisor + head, self.heads)
         if cutlass.const_expr(self.longest_first):
             query_tile = self.query_tiles - 1 - query_tile
-        return query_tile, head % self.heads, head // self.heads
+        return query_tile, head, batch
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Schedule:
         """The position after this one, for the kinds that need no telling."""
         ctas = cute.arch.grid_dim()[0]
         if cutlass.const_expr(self.kind == "single"):
-            following = self.tiles.length()
+            following = self.tiles.length
         else:
             following = (position // ctas + 1) * ctas + (ctas - 1 - position % ctas)
         return following
@@ -91,7 +99,7 @@ class Schedule:
     def claimed(self, ticket, position):
         """The same warp: the position after this one, from what `claim` returned, and its (query tile, head, batch)."""
         if cutlass.const_expr(self.kind == "dynamic"):
-            following = self.tiles.length()
+            following = self.tiles.length
             if self.counted():
                 following = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(ticket, 0)
         else:
@@ -100,7 +108,7 @@ class Schedule:
 
     def counted(self):
         """Whether positions are claimed at all: not where every tile is some CTA's first."""
-        return self.tiles.length() > cute.arch.grid_dim()[0]
+        return self.tiles.length > cute.arch.grid_dim()[0]
 
     @cute.jit
     def tell(self, position, place, at):
