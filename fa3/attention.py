@@ -219,7 +219,7 @@ class Launch:
             self.q_factor, scale = 0.0, 1.0
         else:
             self.q_factor = -1.0 if problem.softmax_scale < 0 else None
-        self.arguments = (scale, plan.head_group, plan.ctas)
+        self.arguments = (scale, plan.head_group, plan.ctas, int(problem.sm_margin > 0))
         self.counter = no_counter
         if plan.config.scheduler == "dynamic":
             self.counter = counter_for if plan.counted else untouched_counter

@@ -73,6 +73,7 @@ class ForwardKernel:
         softmax_scale: Float32,
         head_group: Int32,  # heads whose tiles are worked on together (parts/schedule.py)
         ctas: Int32,  # CTAs to start, where the schedule is not "single"
+        leaves_sms: Int32,  # 1: SMs are left to other kernels, so the next call must not wait on them for this one's end
         counter: cute.Tensor | None,  # (2) int32, zeros: "dynamic" only (parts/schedule.py)
         stream: cuda.CUstream,
     ):
@@ -93,7 +94,7 @@ class ForwardKernel:
         copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, v_layout, o_layout)
         scale_log2 = softmax_scale * Float32(LOG2_E)
         queries_per_kv = Divisor(Q.shape[2] // K.shape[2])
-        self.kernel(copies, Q, K, V, O, LSE, scale_log2, tile_list, queries_per_kv, counter, layouts).launch(
+        self.kernel(copies, Q, K, V, O, LSE, scale_log2, tile_list, queries_per_kv, leaves_sms, counter, layouts).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
             smem=c.shared_memory,
@@ -117,7 +118,7 @@ class ForwardKernel:
         counter = make_fake_tensor(Int32, (2,), (1,)) if c.scheduler == "dynamic" else None
         q, k, v, o = tensor(seqlen_q, heads), tensor(seqlen_k, heads_kv), tensor(seqlen_k, heads_kv), tensor(seqlen_q, heads)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return q, k, v, o, lse, Float32(1.0), Int32(1), Int32(1), counter, stream
+        return q, k, v, o, lse, Float32(1.0), Int32(1), Int32(1), Int32(0), counter, stream
 
     @cute.kernel
     def kernel(
@@ -131,6 +132,7 @@ class ForwardKernel:
         scale_log2: Float32,
         tile_list: TileList,
         queries_per_kv: Divisor,
+        leaves_sms: Int32,
         counter: cute.Tensor | None,
         layouts: tuple[cute.ComposedLayout, ...],  # of Q, K, V, O
     ):
@@ -163,7 +165,8 @@ class ForwardKernel:
                 cpasync.prefetch_descriptor(copy)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_launch_dependents()  # the next kernel on the stream may start; it waits for this one's end
+        if leaves_sms == 0:
+            cute.arch.griddepcontrol_launch_dependents()  # the next call may start where SMs are free; it waits for this one's end
 
         seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slot, counter)

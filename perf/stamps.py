@@ -105,11 +105,16 @@ def measure(head_dim, causal, seqlen, changes, ctas, show):
     launch = Launch(problem, planned(config, problem, device_of(q.device)), [None, None, None])
     memory = torch.zeros(132 * config.consumer_warpgroups * KEPT * 2 + batch * heads * seqlen, device="cuda")
     lse = memory[: batch * heads * seqlen].view(batch, heads, seqlen)
-    for _ in range(20):  # warm
-        launch.kernel(q, k, v, torch.empty_like(q), lse, *launch.arguments, launch.counter(q.device))
+    out, launches = torch.empty_like(q), 100
+    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for i in range(2 * launches):  # the first half warms up
+        if i == launches:
+            began.record()
+        launch.kernel(q, k, v, out, lse, *launch.arguments, launch.counter(q.device))
+    ended.record()
     torch.cuda.synchronize()
     all_stamps = memory.view(torch.int32)[: 132 * config.consumer_warpgroups * KEPT * 2].view(-1, KEPT, 2).cpu().tolist()
-    print(config)
+    print(f"{config}\n{began.elapsed_time(ended) / launches * 1e3:.1f} us a launch (with the stamps)")
     summarise(all_stamps[: launch.arguments[2] * config.consumer_warpgroups])
     for cta in ctas:
         for w in range(config.consumer_warpgroups):
