@@ -15,6 +15,12 @@ FORWARD = {
     (256, "none"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
     (256, "causal"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
 }
+# The same where tiles of 64 queries are so few that each gets an SM to itself: one warpgroup's step is shorter than two's.
+FORWARD_FEW = {
+    64: dict(tile_m=64, tile_n=192, stages=3, pingpong=False, presume=True),
+    128: dict(tile_m=64, tile_n=160, pingpong=False, presume=True),
+    256: dict(tile_m=64, tile_n=80, pingpong=False, presume=True),
+}
 L2_SHARE = 0.6  # of the L2 cache, for the K and V of the heads worked on together
 
 
@@ -47,7 +53,13 @@ class Plan:
 def plan_forward(problem: Problem, device: Device) -> Plan:
     """The plan of a forward call that has scores to compute."""
     mask = "causal" if problem.causal else "none"
-    return planned(forward_config(problem.dtype, problem.head_dim, mask, problem.lse), problem, device)
+    config = forward_config(problem.dtype, problem.head_dim, mask, problem.lse, few_tiles(problem, device))
+    return planned(config, problem, device)
+
+
+def few_tiles(problem, device):
+    """Whether every tile of 64 queries can have an SM to itself. sm_margin has no say in it: it changes no bit of the output."""
+    return -(-problem.seqlen_q // 64) * problem.heads * problem.batch <= device.sms
 
 
 def planned(config, problem, device):
@@ -63,8 +75,9 @@ def planned(config, problem, device):
     )
 
 
-def forward_config(dtype, head_dim, mask, lse) -> ForwardConfig:
-    return ForwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, lse=lse, **FORWARD[head_dim, mask])
+def forward_config(dtype, head_dim, mask, lse, few=False) -> ForwardConfig:
+    row = FORWARD_FEW[head_dim] if few else FORWARD[head_dim, mask]
+    return ForwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, lse=lse, **row)
 
 
 def head_group(problem, device):
@@ -90,7 +103,8 @@ def shipped(family="forward"):
     if family != "forward":
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
     return [
-        forward_config(dtype, head_dim, mask, lse)
+        forward_config(dtype, head_dim, mask, lse, few)
+        for few in (False, True)
         for head_dim, mask in FORWARD
         for dtype in DTYPE_BYTES
         for lse in (False, True)

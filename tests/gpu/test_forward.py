@@ -7,11 +7,12 @@ A kernel is right when its largest error is at most twice that of plain PyTorch 
 import contextlib
 import math
 import random
+import sys
 
 import pytest
 import torch
 
-from fa3 import flash_attn_func, flash_attn_qkvpacked_func
+from fa3 import flash_attn_func, flash_attn_qkvpacked_func, plan
 from fa3.reference import attention, plain_attention
 
 SLACK = 1e-5
@@ -26,6 +27,14 @@ HEADS = {"mha": (4, 4), "gqa": (8, 2), "mqa": (5, 1)}
 dtypes = pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 head_dims = pytest.mark.parametrize("d", [64, 128, 256])
 masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+both_kernels = pytest.mark.usefixtures("kernels")
+
+
+@pytest.fixture(params=["few", "many"])
+def kernels(request, monkeypatch):
+    """The kernels that planning takes for few tiles, and those for many, whatever the shape."""
+    monkeypatch.setattr(plan, "few_tiles", lambda *_: request.param == "few")
+    monkeypatch.setattr(sys.modules["fa3.attention"], "CALLS", {})
 
 
 @contextlib.contextmanager
@@ -98,6 +107,7 @@ def check(q, k, v, lse_tolerance=LSE_TOLERANCE, **options):
 # Accuracy: bar 2 of the issue.
 
 
+@both_kernels
 @dtypes
 @head_dims
 @masks
@@ -300,6 +310,7 @@ def test_qkvpacked_equals_separate(causal):
 # Options.
 
 
+@both_kernels
 @head_dims
 @masks
 @pytest.mark.parametrize("scale", [None, 0.3, 1.0, -0.5, 0.0, 1e-6])
@@ -309,6 +320,7 @@ def test_softmax_scale(scale, causal, d):
     check(k, q[:, :, :2], q[:, :, 2:], causal=causal, softmax_scale=scale)  # 203 queries, some of which see nothing
 
 
+@both_kernels
 @masks
 def test_steep_negative_scale(causal):
     """The largest scaled score is the smallest score; taken the other way the exponentials overflow."""
@@ -347,6 +359,7 @@ def test_arguments_by_position_and_defaults_spelled_out(causal):
 # Numbers.
 
 
+@both_kernels
 @dtypes
 @head_dims
 @masks
@@ -355,6 +368,7 @@ def test_large_magnitudes(dtype, d, causal):
     check(q, k, v * 500, causal=causal, lse_tolerance=2e-2)
 
 
+@both_kernels
 @dtypes
 @masks
 def test_every_score_far_below_zero(dtype, causal):
@@ -365,6 +379,7 @@ def test_every_score_far_below_zero(dtype, causal):
     assert lse.max() < -300
 
 
+@both_kernels
 @dtypes
 @head_dims
 @masks
@@ -379,6 +394,7 @@ def test_scores_that_rise_towards_the_first_key(dtype, d, causal, rise):
     check(q, k, v, causal=causal, lse_tolerance=2e-2)
 
 
+@both_kernels
 def test_probabilities_of_one_key_return_its_value():
     """With scores so far apart that P is one-hot, O is V's row to the last bit."""
     key = torch.eye(128, device="cuda", dtype=BF16) * 100
@@ -391,6 +407,7 @@ def test_probabilities_of_one_key_return_its_value():
     torch.testing.assert_close(lse, torch.full_like(lse, 1e4 * 128**-0.5), rtol=1e-5, atol=0)
 
 
+@both_kernels
 @masks
 @head_dims
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -418,6 +435,7 @@ def test_one_bad_number_spreads_as_in_plain_attention(which, value, d, causal):
     assert torch.equal(lse.isfinite(), plain_lse.isfinite()) and not (lse == -INF).any()
 
 
+@both_kernels
 @masks
 @head_dims
 def test_keys_of_score_minus_infinity_drop_out(d, causal):
@@ -450,6 +468,7 @@ def test_equal_scores_add_up(d, level, keys):
     assert out.abs().max() < 1e-3
 
 
+@both_kernels
 @pytest.mark.parametrize("value", [NAN, INF], ids=["NaN", "inf"])
 def test_rows_that_see_nothing_stay_zero_beside_a_bad_v(value):
     q, k, v = inputs(1, 160, 100, 2, 2, 128)

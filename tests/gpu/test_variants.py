@@ -7,7 +7,7 @@ import pytest
 
 from fa3.attention import Launch, device_of
 from fa3.kernels.configs import ForwardConfig
-from fa3.plan import planned
+from fa3.plan import FORWARD, forward_config, planned
 from fa3.problem import Problem
 from tests.gpu.test_forward import faults, inputs, poisoned_memory
 
@@ -63,10 +63,20 @@ def run(config, q, k, v, causal, head_group, ctas):
     ids=lambda x: x if isinstance(x, str) else "causal" if x else "full",
 )
 def test_variant(name, causal):
-    config = ForwardConfig(mask="causal" if causal else "none", **VARIANTS[name])
+    check_lengths(ForwardConfig(mask="causal" if causal else "none", **VARIANTS[name]))
+
+
+@pytest.mark.parametrize(("head_dim", "mask"), FORWARD, ids=str)
+def test_shipped_for_many_tiles(head_dim, mask):
+    """Planning wouldn't choose these for shapes as small as here."""
+    check_lengths(forward_config("bf16", head_dim, mask, lse=True))
+
+
+def check_lengths(config):
     found = []
     for seqlen_q, seqlen_k in LENGTHS:
         q, k, v = inputs(3, seqlen_q, seqlen_k, 6, 2, config.head_dim)
+        causal = config.mask == "causal"
         for head_group, ctas in ((1, 1), (5, 7), (18, 132)):
             out, lse = run(config, q, k, v, causal, head_group, ctas)
             found += [f"{(seqlen_q, seqlen_k)} groups of {head_group}, {ctas} CTAs: {x}" for x in faults(out, lse, q, k, v, causal)]
