@@ -496,6 +496,7 @@ class ForwardKernel:
         else:
             Q = t.Q if self.config.q_in_registers else t.sQ[None, None, q_at.index]
             warp_mma.again(t.S, Q, t.sK[None, None, k_at.index], t.thread, self.config.q_in_registers)
+            cute.arch.sync_warp()  # all lanes have read K and Q before one gives them back
             t.softmax.step(t.S)
             t.softmax.rescale(t.O)
             round_into(t.P, t.S)

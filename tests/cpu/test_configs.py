@@ -70,6 +70,11 @@ def test_what_is_accepted_fits_an_sm():
         (dict(presume=True, overlap=False), "presume .* needs overlap=True"),
         (dict(presume=True, late_release=True), "late_release .*presume=True and mask='none'"),
         (dict(extra_k_stages=3), "extra_k_stages must be one of .*, got 3"),
+        (dict(extra_q_slots=1, pingpong=False), "extra_q_slots=1 .* needs pingpong=True"),
+        (
+            dict(warp_specialised=False, pingpong=False, scheduler="single", q_in_registers=True, extra_q_slots=1),
+            "extra_q_slots 0 or tile_m/64, got 1",
+        ),
         (dict(extra_q_slots=3), "extra_q_slots must be one of .*, got 3"),
         (dict(stages=1, overlap=True), "overlap .*stages >= 2, got 1"),
         (dict(tile_m=64, pingpong=True), "pingpong needs two consumer warpgroups, got tile_m=64"),
