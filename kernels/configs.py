@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 SHARED_MEMORY_LIMIT = 227 * 1024  # bytes a block may use on Hopper (CUDA C++ guide, compute capability 9.0)
 REGISTER_FILE = 64 * 1024  # 32-bit registers on an SM
 WARPGROUP = 128  # threads
+SCHEDULE_STAGES = 2  # tiles that a CTA has been told of and that not all its warps have begun
 DTYPE_BYTES = {"fp16": 2, "bf16": 2}
 
 
@@ -214,8 +215,8 @@ class ForwardConfig:
 
     @property
     def barrier_bytes(self):
-        """mbarriers, full and empty, for Q, each stage of K and V, and the schedule, and its slot; padded for the tiles."""
-        return -(-(8 * 2 * (self.q_slots + 1 + self.kv_stages) + 16) // 1024) * 1024
+        """mbarriers, full and empty, for Q, each stage of K and V, and the schedule, and its slots; padded for the tiles."""
+        return -(-(8 * 2 * (self.q_slots + SCHEDULE_STAGES + self.kv_stages) + 16 * SCHEDULE_STAGES) // 1024) * 1024
 
     @property
     def shared_memory(self):

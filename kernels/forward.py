@@ -1,6 +1,6 @@
 """FlashAttention-3's forward pass for Hopper (arXiv 2407.08608, Algorithms 1 and 2).
 
-A CTA is one producer warpgroup, of which one warp loads Q and one K and V, and one to three consumer warpgroups of 64
+A CTA is one producer warpgroup, of which a warp each loads Q, K and V, and one to three consumer warpgroups of 64
 query rows each. The names are the paper's: S = Q Kᵀ, P = exp(S - m), O = P V, m and l the running row maximum and sum.
 """
 
@@ -14,7 +14,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
-from .configs import WARPGROUP, ForwardConfig
+from .configs import SCHEDULE_STAGES, WARPGROUP, ForwardConfig
 from .parts import barriers, tiles, warp_mma, wgmma
 from .parts.barriers import WARP, Turns
 from .parts.mask import RightMask
@@ -25,7 +25,7 @@ from .parts.softmax import LOG2_E, OnlineSoftmax
 from .parts.sources import Feeder, TmaSource
 
 DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
-CLAIM_AHEAD = 4  # tiles of K before a tile's end, at which the next tile is claimed: a few steps hide what that takes
+CLAIM_AHEAD = 3  # tiles of K before a tile's last load, at which the next tile is claimed: a few steps hide what that takes
 HIGHEST_P = {"fp16": 2.0**15, "bf16": 2.0**60}  # what P may grow to before its maximum must follow: P, l and O don't overflow
 ROWS = 64  # query rows of a consumer warpgroup: the M of a WGMMA
 
@@ -145,8 +145,8 @@ class ForwardKernel:
         q_barriers = smem.allocate_array(cutlass.Int64, 2 * c.q_slots)
         k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.k_stages)
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.stages)
-        schedule_barriers = smem.allocate_array(cutlass.Int64, 2)
-        slot = smem.allocate_tensor(Int32, cute.make_layout(4), byte_alignment=16)
+        schedule_barriers = smem.allocate_array(cutlass.Int64, 2 * SCHEDULE_STAGES)
+        slots = smem.allocate_tensor(Int32, cute.make_layout((4, SCHEDULE_STAGES)), byte_alignment=16)
         q_layout, k_layout, v_layout, o_layout = layouts
         sQ, sK, sV = (self.allocate(smem, layout) for layout in (q_layout, k_layout, v_layout))
         sO, o_stages = (sV, c.stages) if c.o_borrows_v else (self.allocate(smem, o_layout), 1)
@@ -159,7 +159,7 @@ class ForwardKernel:
         v_ring = barriers.tma_ring(v_barriers, c.stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
-            schedule_ring = barriers.thread_ring(schedule_barriers, 1, consumer_warps + 1)
+            schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, consumer_warps + 2)  # and Q's and V's
         if warp_index == 0:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
@@ -169,7 +169,7 @@ class ForwardKernel:
             cute.arch.griddepcontrol_launch_dependents()  # the next call may start where SMs are free; it waits for this one's end
 
         seqlen_q, seqlen_k = Q.shape[0], K.shape[0]
-        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slot, counter)
+        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, counter)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
         loads = (q_ring, k_ring, v_ring), copies[:3], (Q, K, V), (sQ, sK, sV)
         work = schedule, mask, scale_log2, thread % WARPGROUP, loads, output, LSE
@@ -179,10 +179,13 @@ class ForwardKernel:
         elif warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             cute.arch.griddepcontrol_wait()  # for the end of the kernel before: nobody touches memory before these have loaded
+            of_q, of_k, of_v = zip(*loads)
             if warp_index == 0:
-                self.produce_kv(schedule, mask, loads, queries_per_kv)
+                self.produce_k(schedule, mask, *of_k, queries_per_kv)
             elif warp_index == 1:
-                self.produce_q(schedule, *(of_all[0] for of_all in loads))
+                self.produce_v(schedule, mask, *of_v, queries_per_kv)
+            elif warp_index == 2:
+                self.produce_q(schedule, *of_q)
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
             self.consume(warpgroup_index - 1, *work)
@@ -195,7 +198,7 @@ class ForwardKernel:
     def produce_q(self, schedule, ring, copy, Q, sQ):
         """One warp: for each tile, Q, a stage for each warpgroup's rows."""
         c = self.config
-        q_at, s_at = barriers.producing(c.q_slots), barriers.consuming(1)
+        q_at, s_at = barriers.producing(c.q_slots), barriers.consuming(SCHEDULE_STAGES)
         position = schedule.first()
         tile, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length:
@@ -209,43 +212,47 @@ class ForwardKernel:
         ring.producer_tail(q_at)
 
     @cute.jit
-    def produce_kv(self, schedule, mask, loads, queries_per_kv):
-        """One warp: for each tile, K and V from the last tile to the first, in the order they are consumed.
+    def produce_k(self, schedule, mask, ring, copy, K, sK, queries_per_kv):
+        """One warp: for each tile, K from the last tile to the first, in the order they are consumed.
 
         Towards a tile's end, but not before, it claims the CTA's next one: whoever is ahead shall get it.
         """
         c = self.config
-        _, of_k, of_v = zip(*loads)
-        k_ring, v_ring = of_k[0], of_v[0]
-        k_at, v_at, s_at = barriers.producing(c.k_stages), barriers.producing(c.stages), barriers.producing(1)
+        k_at, s_at = barriers.producing(c.k_stages), barriers.producing(SCHEDULE_STAGES)
         position, ticket = schedule.first(), Int32(0)
         tile, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length:
             n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
-            source_k = TmaSource.of_head(*of_k, head // queries_per_kv, batch)
-            source_v = TmaSource.of_head(*of_v, head // queries_per_kv, batch)
-            k_at = source_k.bring(n_stop - 1, k_at)
-            v_at = self.lend_v(v_ring, v_at)  # to O of the tile before; the first tile's is let pass
+            source = TmaSource.of_head(ring, copy, K, sK, head // queries_per_kv, batch)
             for step in cutlass.range(n_stop, unroll=1):
-                n = n_stop - 1 - step
                 near_end = step == max(n_stop - CLAIM_AHEAD, 0)
                 if near_end:
                     ticket = schedule.claim()
-                if cutlass.const_expr(not c.overlap):
-                    v_at = source_v.bring(n, v_at)
-                if n > 0:
-                    k_at = source_k.bring(n - 1, k_at)
-                if cutlass.const_expr(c.overlap):
-                    v_at = source_v.bring(n, v_at)
+                k_at = source.bring(n_stop - 1 - step, k_at)
                 if near_end:
                     position, (tile, head, batch) = schedule.claimed(ticket, position)
                     s_at = schedule.tell(position, (tile, head, batch), s_at)
-        v_at = self.lend_v(v_ring, v_at)
         schedule.finish()
-        k_ring.producer_tail(k_at)
-        v_ring.producer_tail(v_at)
+        ring.producer_tail(k_at)
         if cutlass.const_expr(c.scheduler == "dynamic"):
             schedule.ring.producer_tail(s_at)
+
+    @cute.jit
+    def produce_v(self, schedule, mask, ring, copy, V, sV, queries_per_kv):
+        """One warp: V in the same order, and before each tile's a stage of it for O of the tile before, if that has no other place."""
+        c = self.config
+        v_at, s_at = barriers.producing(c.stages), barriers.consuming(SCHEDULE_STAGES)
+        position = schedule.first()
+        tile, head, batch = schedule.tiles.tile(position)
+        while position < schedule.tiles.length:
+            v_at = self.lend_v(ring, v_at)  # the first is let pass
+            n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
+            source = TmaSource.of_head(ring, copy, V, sV, head // queries_per_kv, batch)
+            for step in cutlass.range(n_stop, unroll=1):
+                v_at = source.bring(n_stop - 1 - step, v_at)
+            position, (tile, head, batch), s_at = schedule.hear(position, s_at)
+        v_at = self.lend_v(ring, v_at)
+        ring.producer_tail(v_at)
 
     def lend_v(self, ring, v_at):
         """A stage of V for the consumers to write O to, if they have no other place."""
@@ -290,7 +297,7 @@ class ForwardKernel:
         c = self.config
         t = self.consumer(index, thread, mask, scale_log2, loads)
         q_at = barriers.consuming(c.q_slots, t.index)
-        k_at, v_at, s_at = barriers.consuming(c.k_stages), barriers.consuming(c.stages), barriers.consuming(1)
+        k_at, v_at, s_at = barriers.consuming(c.k_stages), barriers.consuming(c.stages), barriers.consuming(SCHEDULE_STAGES)
         t.turns.begin()
         v_at = self.let_pass(t.v_ring, v_at, c.o_borrows_v)
         position = schedule.first()
@@ -392,7 +399,7 @@ class ForwardKernel:
         if cutlass.const_expr(t.mask.causal):
             skipped = n_stop < tile_stop  # only other warpgroups' rows see the tile's first keys
             if skipped:
-                n_stop = tile_stop - 1  # no more than one: with V lent, the producer brings the next K only after this V
+                n_stop = tile_stop - 1  # no more than one: a stage of V is held for each
                 k_at = self.let_pass(t.k_ring, k_at, True)
                 t.turns.give()
                 t.turns.take()

@@ -54,7 +54,7 @@ class TileList:
 class Schedule:
     """One CTA's way through the list. Positions at or past the list's length mean: done.
 
-    ring, slot: used by dynamic only; the barriers and the shared memory through which a claimed position travels, with its tile.
+    ring, slots: used by dynamic only; the barriers and the shared memory through which a claimed position travels, with its tile.
     counter: dynamic only; in global memory, the positions claimed so far and the CTAs that are done, both zero at launch.
         Not touched where every tile is some CTA's first (Plan.counted).
     """
@@ -62,7 +62,7 @@ class Schedule:
     kind: Constexpr[str]
     tiles: TileList
     ring: pipeline.PipelineAsync | None
-    slot: cute.Tensor | None
+    slots: cute.Tensor | None
     counter: cute.Tensor | None
 
     def first(self):
@@ -116,7 +116,8 @@ class Schedule:
         if cutlass.const_expr(self.kind == "dynamic"):
             self.ring.producer_acquire(at)
             if cute.arch.lane_idx() == 0:
-                self.slot[0], self.slot[1], self.slot[2], self.slot[3] = position, *place
+                for i, number in enumerate((position, *place)):
+                    self.slots[i, at.index] = number
                 self.ring.producer_commit(at)
             at.advance()
         return at
@@ -127,7 +128,7 @@ class Schedule:
         if cutlass.const_expr(self.kind == "dynamic"):
             self.ring.consumer_wait(at)
             heard = cute.make_rmem_tensor(4, Int32)
-            cute.autovec_copy(self.slot, heard)
+            cute.autovec_copy(self.slots[None, at.index], heard)
             following, place = heard[0], (heard[1], heard[2], heard[3])
             cute.arch.sync_warp()
             if cute.arch.lane_idx() == 0:
