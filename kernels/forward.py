@@ -27,7 +27,7 @@ from .parts.sources import Feeder, TmaSource
 DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
 CLAIM_AHEAD = 3  # tiles of K before a tile's last load, at which the next tile is claimed: a few steps hide what that takes
 HIGHEST_P = {"fp16": 2.0**15, "bf16": 2.0**60}  # what P may grow to before its maximum must follow: P, l and O don't overflow
-ROWS = 64  # query rows of a consumer warpgroup: the M of a WGMMA
+ROWS = 64  # query rows of a consumer warpgroup, the M of a WGMMA: a block. A tile is named by its first one (parts/schedule.py)
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class ForwardKernel:
         load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
         o_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.o_columns, c.o_buffers * c.tile_m // WARP_ROWS)
         store_o, O = tiles.tma_store(O, o_layout, WARP_ROWS, c.o_columns)
-        query_tiles = cute.ceil_div(Q.shape[0], c.tile_m)
-        tile_list = TileList.of(c.mask == "causal", query_tiles, Q.shape[2], Q.shape[3], head_group)
+        blocks = cute.ceil_div(Q.shape[0], ROWS)
+        tile_list = TileList.of(c.mask == "causal", blocks, c.consumer_warpgroups, Q.shape[2], Q.shape[3], head_group)
         grid = tile_list.length if c.scheduler == "single" else ctas
         copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, v_layout, o_layout)
         scale_log2 = softmax_scale * Float32(LOG2_E)
@@ -200,15 +200,15 @@ class ForwardKernel:
         c = self.config
         q_at, s_at = barriers.producing(c.q_slots), barriers.consuming(SCHEDULE_STAGES)
         position = schedule.first()
-        tile, head, batch = schedule.tiles.tile(position)
+        block, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length:
             source = TmaSource.of_head(ring, copy, Q, sQ, head, batch)
             if cutlass.const_expr(c.q_waits):
                 for w in cutlass.range_constexpr(c.consumer_warpgroups):
-                    source.announce(tile * c.consumer_warpgroups + w)
+                    source.announce(block + w)
             for w in cutlass.range_constexpr(c.consumer_warpgroups):
-                q_at = source.bring(tile * c.consumer_warpgroups + w, q_at)
-            position, (tile, head, batch), s_at = schedule.hear(position, s_at)
+                q_at = source.bring(block + w, q_at)
+            position, (block, head, batch), s_at = schedule.hear(position, s_at)
         ring.producer_tail(q_at)
 
     @cute.jit
@@ -220,9 +220,9 @@ class ForwardKernel:
         c = self.config
         k_at, s_at = barriers.producing(c.k_stages), barriers.producing(SCHEDULE_STAGES)
         position, ticket = schedule.first(), Int32(0)
-        tile, head, batch = schedule.tiles.tile(position)
+        block, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length:
-            n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
+            n_stop, _ = mask.key_tiles(block * ROWS, c.tile_m)
             source = TmaSource.of_head(ring, copy, K, sK, head // queries_per_kv, batch)
             for step in cutlass.range(n_stop, unroll=1):
                 near_end = step == max(n_stop - CLAIM_AHEAD, 0)
@@ -230,8 +230,8 @@ class ForwardKernel:
                     ticket = schedule.claim()
                 k_at = source.bring(n_stop - 1 - step, k_at)
                 if near_end:
-                    position, (tile, head, batch) = schedule.claimed(ticket, position)
-                    s_at = schedule.tell(position, (tile, head, batch), s_at)
+                    position, (block, head, batch) = schedule.claimed(ticket, position)
+                    s_at = schedule.tell(position, (block, head, batch), s_at)
         schedule.finish()
         ring.producer_tail(k_at)
         if cutlass.const_expr(c.scheduler == "dynamic"):
@@ -243,14 +243,14 @@ class ForwardKernel:
         c = self.config
         v_at, s_at = barriers.producing(c.stages), barriers.consuming(SCHEDULE_STAGES)
         position = schedule.first()
-        tile, head, batch = schedule.tiles.tile(position)
+        block, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length:
             v_at = self.lend_v(ring, v_at)  # the first is let pass
-            n_stop, _ = mask.key_tiles(tile * c.tile_m, c.tile_m)
+            n_stop, _ = mask.key_tiles(block * ROWS, c.tile_m)
             source = TmaSource.of_head(ring, copy, V, sV, head // queries_per_kv, batch)
             for step in cutlass.range(n_stop, unroll=1):
                 v_at = source.bring(n_stop - 1 - step, v_at)
-            position, (tile, head, batch), s_at = schedule.hear(position, s_at)
+            position, (block, head, batch), s_at = schedule.hear(position, s_at)
         v_at = self.lend_v(ring, v_at)
         ring.producer_tail(v_at)
 
@@ -301,43 +301,43 @@ class ForwardKernel:
         t.turns.begin()
         v_at = self.let_pass(t.v_ring, v_at, c.o_borrows_v)
         position = schedule.first()
-        tile, head, batch = schedule.tiles.tile(position)
+        block, head, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length:
-            if not self.has_rows(t, tile):
-                q_at, k_at, v_at = self.pass_over(t, tile, q_at, k_at, v_at)
-                position, (tile, head, batch), s_at = schedule.hear(position, s_at)
+            if not self.has_rows(t, block):
+                q_at, k_at, v_at = self.pass_over(t, block, q_at, k_at, v_at)
+                position, (block, head, batch), s_at = schedule.hear(position, s_at)
             else:
-                t.feeder.start(tile, head, batch, self.first_n(t, tile), c.consumer_warpgroups, q_at, k_at)
+                t.feeder.start(block, head, batch, self.first_n(t, block), c.consumer_warpgroups, q_at, k_at)
                 self.load_q(t, q_at)
                 t.turns.take()
-                n, n_unmasked, skipped, k_at = self.start_tile(t, tile, q_at, k_at)
+                n, n_unmasked, skipped, k_at = self.start_tile(t, block, q_at, k_at)
                 t.turns.give()
                 t.feeder.step(head, batch, n, k_at, v_at, v_ahead=False)
-                k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=True)
+                k_at = self.p_alone(t, block, n, n_unmasked, q_at, k_at, first=True)
                 v_at = self.let_pass(t.v_ring, v_at, skipped)
                 going_on = True
                 while going_on:
-                    k_at, v_at, o_begun = self.mainloop(t, tile, head, batch, n, n_unmasked, q_at, k_at, v_at)
+                    k_at, v_at, o_begun = self.mainloop(t, block, head, batch, n, n_unmasked, q_at, k_at, v_at)
                     if cutlass.const_expr(not (c.q_waits or c.q_in_registers)):
                         t.q_ring.consumer_release(q_at)
                     q_at.advance(c.consumer_warpgroups)
-                    finished = tile, head, batch
-                    position, (tile, head, batch), s_at = schedule.hear(position, s_at)
-                    going_on = c.overlap and position < schedule.tiles.length and self.has_rows(t, tile)
+                    finished = block, head, batch
+                    position, (block, head, batch), s_at = schedule.hear(position, s_at)
+                    going_on = c.overlap and position < schedule.tiles.length and self.has_rows(t, block)
                     if going_on:
-                        t.feeder.start(tile, head, batch, self.first_n(t, tile), c.consumer_warpgroups, q_at, k_at)
+                        t.feeder.start(block, head, batch, self.first_n(t, block), c.consumer_warpgroups, q_at, k_at)
                         self.load_q(t, q_at)
                         t.v_ring.consumer_wait(v_at)
                         t.turns.take()
                         self.issue_o(t, v_at, o_begun)
-                        n, n_unmasked, skipped, k_at = self.start_tile(t, tile, q_at, k_at)
+                        n, n_unmasked, skipped, k_at = self.start_tile(t, block, q_at, k_at)
                         t.turns.give()
                         t.feeder.step(head, batch, n, k_at, v_at, v_ahead=True)
                         wgmma.wait(1)
                         t.v_ring.consumer_release(v_at)
                         v_at.advance()
                         self.epilogue(t, output, LSE, *finished, v_at)
-                        k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=True)
+                        k_at = self.p_alone(t, block, n, n_unmasked, q_at, k_at, first=True)
                         v_at = self.return_v(t, output, v_at)
                         v_at = self.let_pass(t.v_ring, v_at, skipped)
                     else:
@@ -346,13 +346,13 @@ class ForwardKernel:
                         v_at = self.return_v(t, output, v_at)
         output.finish()
 
-    def first_n(self, t: Consumer, tile):
+    def first_n(self, t: Consumer, block):
         """The key tile that a tile of queries starts with."""
-        return t.mask.key_tiles(tile * self.config.tile_m, self.config.tile_m)[0] - 1
+        return t.mask.key_tiles(block * ROWS, self.config.tile_m)[0] - 1
 
-    def has_rows(self, t: Consumer, tile):
-        """Whether a tile has rows for this warpgroup; the last ones may lie past the end."""
-        return tile * self.config.tile_m + t.index * ROWS < t.mask.seqlen_q
+    def has_rows(self, t: Consumer, block):
+        """Whether a tile has rows for this warpgroup: the first one may have fewer."""
+        return block + t.index >= 0
 
     @cute.jit
     def let_pass(self, ring, at, whether):
@@ -364,13 +364,13 @@ class ForwardKernel:
         return at
 
     @cute.jit
-    def pass_over(self, t: Consumer, tile, q_at, k_at, v_at):
+    def pass_over(self, t: Consumer, block, q_at, k_at, v_at):
         """A tile without rows for this warpgroup: takes part in what the others wait for."""
         c = self.config
         t.q_ring.consumer_wait(q_at)
         t.q_ring.consumer_release(q_at)
         q_at.advance(c.consumer_warpgroups)
-        n_stop, _ = t.mask.key_tiles(tile * c.tile_m, c.tile_m)
+        n_stop, _ = t.mask.key_tiles(block * ROWS, c.tile_m)
         for step in cutlass.range(n_stop, unroll=1):
             k_at = self.let_pass(t.k_ring, k_at, True)
             t.turns.take()
@@ -387,14 +387,14 @@ class ForwardKernel:
             wgmma.load_operand(t.qk, t.Q, t.sQ[None, None, q_at.index], t.thread)
 
     @cute.jit
-    def start_tile(self, t: Consumer, tile, q_at, k_at):
+    def start_tile(self, t: Consumer, block, q_at, k_at):
         """S of the first keys that this warpgroup's rows see, in flight.
 
         Returns their tile, the first tile without a mask, and whether one was skipped, whose V is yet to be let pass.
         """
         c = self.config
-        tile_stop, _ = t.mask.key_tiles(tile * c.tile_m, c.tile_m)
-        n_stop, n_unmasked = t.mask.key_tiles(tile * c.tile_m + t.index * ROWS, ROWS)
+        tile_stop, _ = t.mask.key_tiles(block * ROWS, c.tile_m)
+        n_stop, n_unmasked = t.mask.key_tiles((block + t.index) * ROWS, ROWS)
         skipped = False
         if cutlass.const_expr(t.mask.causal):
             skipped = n_stop < tile_stop  # only other warpgroups' rows see the tile's first keys
@@ -412,14 +412,14 @@ class ForwardKernel:
         return n_stop - 1, n_unmasked, skipped, k_at
 
     @cute.jit
-    def p_alone(self, t: Consumer, tile, n, n_unmasked, q_at, k_at, first: Constexpr[bool]):
+    def p_alone(self, t: Consumer, block, n, n_unmasked, q_at, k_at, first: Constexpr[bool]):
         """P of key tile n, once its S is there, with nothing to overlap."""
         wgmma.wait(0)
         t.k_ring.consumer_release(k_at)
         self.release_q(t, n, q_at)
         k_at.advance()
         if n >= n_unmasked:
-            t.mask.apply(t.S, tile * self.config.tile_m + t.index * ROWS, n, t.thread)
+            t.mask.apply(t.S, (block + t.index) * ROWS, n, t.thread)
         if cutlass.const_expr(first):
             t.softmax.reset()
         t.softmax.step(t.S)
@@ -429,9 +429,9 @@ class ForwardKernel:
         return k_at
 
     @cute.jit
-    def mainloop(self, t: Consumer, tile, head, batch, n, n_unmasked, q_at, k_at, v_at):
+    def mainloop(self, t: Consumer, block, head, batch, n, n_unmasked, q_at, k_at, v_at):
         """From a P to the last one: key tiles from the last to the first, so that those that need masking come first."""
-        first_row = tile * self.config.tile_m + t.index * ROWS
+        first_row = (block + t.index) * ROWS
         o_begun = Boolean(False)
         if cutlass.const_expr(self.config.overlap):
             if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
@@ -452,7 +452,7 @@ class ForwardKernel:
                 t.turns.take()
                 self.issue_s(t, q_at, k_at)
                 t.turns.give()
-                k_at = self.p_alone(t, tile, n, n_unmasked, q_at, k_at, first=False)
+                k_at = self.p_alone(t, block, n, n_unmasked, q_at, k_at, first=False)
         return k_at, v_at, o_begun
 
     @cute.jit
@@ -535,21 +535,21 @@ class ForwardKernel:
         wgmma.issue(t.pv, t.O, wgmma.as_operand(t.P, self.config.tile_n), t.V[None, None, None, v_at.index], accumulate=o_begun)
 
     @cute.jit
-    def epilogue(self, t: Consumer, output, LSE, tile, head, batch, v_at):
+    def epilogue(self, t: Consumer, output, LSE, block, head, batch, v_at):
         """O and LSE to memory, but for the rows past the end. v_at: the stage of V lent for it, if one is."""
         c = self.config
         t.softmax.finish(t.O)
         if cutlass.const_expr(LSE is not None):
             if t.thread % 4 == 0:
                 for r in cutlass.range_constexpr(2):
-                    row = tile * c.tile_m + t.index * ROWS + wgmma.row_in_tile(t.thread, r)
+                    row = (block + t.index) * ROWS + wgmma.row_in_tile(t.thread, r)
                     if row < t.mask.seqlen_q:
                         LSE[batch, head, row] = t.softmax.m[r]
         stage = 0
         if cutlass.const_expr(c.o_borrows_v):
             t.v_ring.consumer_wait(v_at)
             stage = v_at.index
-        output.write(t.O, stage, tile, head, batch, t.index, t.thread)
+        output.write(t.O, stage, block + t.index, head, batch, t.index, t.thread)
 
     @cute.jit
     def return_v(self, t: Consumer, output, v_at):

@@ -34,14 +34,14 @@ class StagedOutput:
         return cls(atom, cute.make_tensor(memory.iterator, staged), O, warpgroups, buffers)
 
     @cute.jit
-    def write(self, acc: cute.Tensor, stage, tile, head, batch, index, thread):
-        """acc: the fragment of O. stage: the one to use. index: which of the tile's warpgroups this is."""
+    def write(self, acc: cute.Tensor, stage, block, head, batch, index, thread):
+        """acc: the fragment of O, 64 rows, number `block` of the head. stage: the one to use. index: which of the CTA's warpgroups this is."""
         shared = self.stages[None, None, None, stage]
         columns = cute.size(shared, mode=[1])
         parts = cute.size(self.O, mode=[1]) // columns
         op = wgmma.operation(shared.element_type, columns, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         by_row = cute.group_modes(cute.make_tensor(shared.iterator, cute.select(shared.layout, mode=[0, 2, 1])), 0, 2)
-        warp = index * WARPS + cute.arch.make_warp_uniform(thread // WARP)
+        warp = cute.arch.make_warp_uniform(thread // WARP)
         for part in cutlass.range_constexpr(parts):
             buffer = part % self.buffers
             self.finish(0 if part == 0 else self.buffers - 1)
@@ -50,8 +50,8 @@ class StagedOutput:
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
             tO, gO = tiles.partition(self.atom, shared, self.O, head, batch, part)
-            place = warp + buffer * self.warpgroups * WARPS
-            cute.copy(self.atom, tO[None, place], gO[None, tile * (self.warpgroups * WARPS) + warp])
+            place = (index + buffer * self.warpgroups) * WARPS + warp
+            cute.copy(self.atom, tO[None, place], gO[None, block * WARPS + warp])
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit

@@ -23,6 +23,8 @@ class TileList:
     """The list of all tiles, heads in groups that are worked on together. Heads of all batches are counted through."""
 
     longest_first: Constexpr[bool]
+    warpgroups: Constexpr[int]
+    blocks: Int32
     query_tiles: Int32
     length: Int32
     last_group: Int32
@@ -32,22 +34,28 @@ class TileList:
     heads: Divisor  # of one batch
 
     @classmethod
-    def of(cls, longest_first, query_tiles, heads, batch, head_group):
+    def of(cls, longest_first, blocks, warpgroups, heads, batch, head_group):
+        """blocks: of 64 query rows, of which a tile has one for each warpgroup."""
+        query_tiles = cute.ceil_div(blocks, warpgroups)
         last = heads * batch - 1
         divisors = (query_tiles * head_group, head_group, last % head_group + 1, heads)
-        return cls(longest_first, query_tiles, query_tiles * heads * batch, last // head_group, *map(Divisor, divisors))
+        return cls(longest_first, warpgroups, blocks, query_tiles, query_tiles * heads * batch, last // head_group, *map(Divisor, divisors))
 
     @cute.jit
     def tile(self, position):
-        """(query tile, head, batch) at a position of the list."""
+        """(block, head, batch) at a position of the list: the tile is the block and the ones after it, one a warpgroup.
+
+        Tiles are counted from the last rows: if there are too few blocks, the tile of the first rows starts with negative ones,
+        which don't exist. With a causal mask that is the shortest one, where idle warpgroups cost least.
+        """
         group, within = divmod(position, self.group_tiles)
         query_tile, head = divmod(within, self.group_heads)
         if group >= self.last_group:
             query_tile, head = divmod(within, self.last_heads)
         batch, head = divmod(group * self.group_heads.divisor + head, self.heads)
-        if cutlass.const_expr(self.longest_first):
+        if cutlass.const_expr(not self.longest_first):
             query_tile = self.query_tiles - 1 - query_tile
-        return query_tile, head, batch
+        return self.blocks - (query_tile + 1) * self.warpgroups, head, batch
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Schedule:
 
     @cute.jit
     def claimed(self, ticket, position):
-        """The same warp: the position after this one, from what `claim` returned, and its (query tile, head, batch)."""
+        """The same warp: the position after this one, from what `claim` returned, and its (block, head, batch)."""
         if cutlass.const_expr(self.kind == "dynamic"):
             following = self.tiles.length
             if self.counted():
@@ -124,7 +132,7 @@ class Schedule:
 
     @cute.jit
     def hear(self, position, at):
-        """The others: the position after this one, its (query tile, head, batch), and the next place in the ring."""
+        """The others: the position after this one, its (block, head, batch), and the next place in the ring."""
         if cutlass.const_expr(self.kind == "dynamic"):
             self.ring.consumer_wait(at)
             heard = cute.make_rmem_tensor(4, Int32)

@@ -56,12 +56,12 @@ class Feeder:
         return TmaSource.of_head(self.rings[which], self.copies[which], self.tensors[which], self.shared[which], head, batch)
 
     @cute.jit
-    def start(self, tile, head, batch, n, warpgroups: Constexpr[int], q_at, k_at):
+    def start(self, block, head, batch, n, warpgroups: Constexpr[int], q_at, k_at):
         """Q and the first K of a tile; q_at: the first warpgroup's."""
         if cutlass.const_expr(self.on):
             if self.feeds:
                 for w in cutlass.range_constexpr(warpgroups):
-                    self.source(0, head, batch).bring(tile * warpgroups + w, barriers.filling(q_at, w))
+                    self.source(0, head, batch).bring(block + w, barriers.filling(q_at, w))
                 self.source(1, head, batch).bring(n, barriers.filling(k_at))
 
     @cute.jit
