@@ -32,7 +32,7 @@ class ForwardConfig:
     tile_m: queries a CTA owns at a time; 64 for each consumer warpgroup, so 64, 128 or 192.
     tile_n: keys of one step of the mainloop, a multiple of 16.
     stages: tiles of K, and of V, that are in flight.
-    extra_k_stages: tiles of K in flight beyond those: at a change of tiles only K is loaded ahead.
+    extra_k_stages: tiles of K in flight beyond those: a tile of queries needs its first K before anything else.
     extra_q_slots: places for 64 rows of Q in shared memory beyond the one of each warpgroup: the next tile's come there early.
     warp_specialised: a producer warpgroup does all loading; without, a consumer warp loads between its WGMMAs, one step ahead
         (for comparison: the paper's Table 2).

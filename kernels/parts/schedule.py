@@ -155,5 +155,6 @@ class Schedule:
                 cute.arch.fence_acq_rel_gpu()
                 done = cute.arch.atomic_add(self.counter.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
                 if done == cute.arch.grid_dim()[0] - 1:
+                    cute.arch.fence_acq_rel_gpu()
                     self.counter[0] = Int32(0)
                     self.counter[1] = Int32(0)
