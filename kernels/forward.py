@@ -262,7 +262,8 @@ class ForwardKernel:
         """A consumer warpgroup with its operands laid out."""
         c = self.config
         rings, _, _, (sQ, sK, sV) = loads
-        feeds = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARP) == 0
+        last = c.threads - WARPGROUP  # the one warpgroup that has rows in every tile
+        feeds = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARP) == last // WARP
         registers, shared = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         qk_op = wgmma.operation(self.dtype, c.tile_n, OperandMajorMode.K, registers if c.q_in_registers else shared)
         pv_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, registers)

@@ -48,7 +48,7 @@ def consuming(stages, first=0):
 
 
 def filling(at, offset=0):
-    """The producer's view of a consumer's place, or of the one so many stages later in the same round."""
+    """The producer's view of a consumer's place, or of the one so many stages later (or earlier) in the same round."""
     return pipeline.PipelineState(at.stages, at.count, at.index + offset, at.phase ^ 1)
 
 

@@ -39,7 +39,7 @@ class TmaSource:
 
 @dataclass(frozen=True)
 class Feeder:
-    """Loading without warp specialisation: one consumer warp (`feeds`) loads between its WGMMAs; a no-op where `on` is False.
+    """Loading without warp specialisation: one warp of the last consumer warpgroup (`feeds`) loads between its WGMMAs; a no-op where `on` is False.
 
     Its places in the rings are those that the consumers will come to.
     """
@@ -57,11 +57,11 @@ class Feeder:
 
     @cute.jit
     def start(self, block, head, batch, n, warpgroups: Constexpr[int], q_at, k_at):
-        """Q and the first K of a tile; q_at: the first warpgroup's."""
+        """Q and the first K of a tile; q_at: the last warpgroup's."""
         if cutlass.const_expr(self.on):
             if self.feeds:
                 for w in cutlass.range_constexpr(warpgroups):
-                    self.source(0, head, batch).bring(block + w, barriers.filling(q_at, w))
+                    self.source(0, head, batch).bring(block + w, barriers.filling(q_at, w + 1 - warpgroups))
                 self.source(1, head, batch).bring(n, barriers.filling(k_at))
 
     @cute.jit
