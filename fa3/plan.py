@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from .kernels.configs import DTYPE_BYTES, ForwardConfig
 from .problem import Problem
 
-# (head_dim, mask) -> what differs from ForwardConfig's defaults. Chosen by the sweeps of perf/NOTES.md, the last of which are
-# perf/results/2026-11-22-sweep-fwd-h200.json and 2026-11-22-stream-fwd-h200.json.
+# (head_dim, mask) -> what differs from ForwardConfig's defaults. Chosen by the sweeps of perf/NOTES.md: d 64 and 128 by
+# perf/results/2026-11-22-presume-fwd-h200.json, d 256 by 2026-11-22-branches-fwd-h200.json and 2026-11-22-sweep-fwd-h200-3.json.
 FORWARD = {
     (64, "none"): dict(tile_m=192, tile_n=128, stages=3, extra_q_slots=3, presume=True),
     (64, "causal"): dict(tile_m=192, tile_n=128, stages=3, extra_q_slots=3, presume=True),
@@ -16,6 +16,7 @@ FORWARD = {
     (256, "causal"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
 }
 # The same where tiles of 64 queries are so few that each gets an SM to itself: one warpgroup's step is shorter than two's.
+# perf/results/2026-11-22-few-tiles-fwd-h200.json has them beside others.
 FORWARD_FEW = {
     64: dict(tile_m=64, tile_n=192, stages=3, pingpong=False, presume=True),
     128: dict(tile_m=64, tile_n=160, pingpong=False, presume=True),

@@ -126,6 +126,9 @@ def summarise(all_stamps):
     cycles, times, spans = [0] * len(MARKS), [0] * len(MARKS), []
     for stamps in all_stamps:
         count = next(i for i, (_, code) in enumerate(stamps) if MARKS[code][3] == "end") + 1
+        if count == KEPT:
+            print(f"more than KEPT = {KEPT} stamps: what follows is missing, and counts as the last one's")
+            return
         spans.append((stamps[count - 1][0] - stamps[0][0]) % 2**32)
         for (before, _), (after, code) in zip(stamps, stamps[1:count]):
             cycles[code] += (after - before) % 2**32

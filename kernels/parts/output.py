@@ -35,7 +35,10 @@ class StagedOutput:
 
     @cute.jit
     def write(self, acc: cute.Tensor, stage, block, head, batch, index, thread):
-        """acc: the fragment of O, 64 rows, number `block` of the head. stage: the one to use. index: which of the CTA's warpgroups this is."""
+        """acc: the fragment of O, 64 rows, number `block` of the head. stage: the one to use.
+
+        index: which of the CTA's warpgroups this is.
+        """
         shared = self.stages[None, None, None, stage]
         columns = cute.size(shared, mode=[1])
         parts = cute.size(self.O, mode=[1]) // columns

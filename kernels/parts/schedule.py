@@ -39,7 +39,8 @@ class TileList:
         query_tiles = cute.ceil_div(blocks, warpgroups)
         last = heads * batch - 1
         divisors = (query_tiles * head_group, head_group, last % head_group + 1, heads)
-        return cls(longest_first, warpgroups, blocks, query_tiles, query_tiles * heads * batch, last // head_group, *map(Divisor, divisors))
+        length = query_tiles * heads * batch
+        return cls(longest_first, warpgroups, blocks, query_tiles, length, last // head_group, *map(Divisor, divisors))
 
     @cute.jit
     def tile(self, position):

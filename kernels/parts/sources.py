@@ -39,9 +39,9 @@ class TmaSource:
 
 @dataclass(frozen=True)
 class Feeder:
-    """Loading without warp specialisation: one warp of the last consumer warpgroup (`feeds`) loads between its WGMMAs; a no-op where `on` is False.
+    """Loading without warp specialisation: one warp of the last consumer warpgroup (`feeds`) loads between its WGMMAs.
 
-    Its places in the rings are those that the consumers will come to.
+    A no-op where `on` is False. Its places in the rings are those that the consumers will come to.
     """
 
     on: Constexpr[bool]

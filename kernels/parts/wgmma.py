@@ -17,7 +17,10 @@ def operation(dtype, n, b_major, a_source):
 
 @cute.jit
 def issue(op: cutlass.Constexpr, acc: cute.Tensor, A: cute.Tensor, B: cute.Tensor, accumulate):
-    """acc = A Bᵀ, or acc += A Bᵀ with accumulate (known when compiled, or not), as one group of WGMMAs in flight: acc and a register A must not be touched until it is waited for."""
+    """acc = A Bᵀ, or acc += A Bᵀ with accumulate (a Python bool, or one of the kernel's), as one group of WGMMAs in flight.
+
+    Until that is waited for, acc and a register A must not be touched.
+    """
     mma = cute.make_tiled_mma(op)
     warpgroup.fence()
     for k in cutlass.range_constexpr(cute.size(A, mode=[2])):

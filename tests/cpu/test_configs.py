@@ -70,6 +70,7 @@ def test_what_is_accepted_fits_an_sm():
         (dict(presume=True, overlap=False), "presume .* needs overlap=True"),
         (dict(presume=True, late_release=True), "late_release .*presume=True and mask='none'"),
         (dict(extra_k_stages=3), "extra_k_stages must be one of .*, got 3"),
+        (dict(mask="causal", tile_m=192, extra_q_slots=1), "needs stages >= 3 for three warpgroups with a causal mask, got 2"),
         (dict(extra_q_slots=1, pingpong=False), "extra_q_slots=1 .* needs pingpong=True"),
         (
             dict(warp_specialised=False, pingpong=False, scheduler="single", q_in_registers=True, extra_q_slots=1),
