@@ -178,7 +178,6 @@ class ForwardKernel:
             self.consume(warpgroup_index, *work)
         elif warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
-            cute.arch.griddepcontrol_wait()  # for the end of the kernel before: nobody touches memory before these have loaded
             of_q, of_k, of_v = zip(*loads)
             if warp_index == 0:
                 self.produce_k(schedule, mask, *of_k, queries_per_kv)
@@ -201,6 +200,10 @@ class ForwardKernel:
         q_at, s_at = barriers.producing(c.q_slots), barriers.consuming(SCHEDULE_STAGES)
         position = schedule.first()
         block, head, batch = schedule.tiles.tile(position)
+        first = TmaSource.of_head(ring, copy, Q, sQ, head, batch)
+        for w in cutlass.range_constexpr(c.consumer_warpgroups):
+            first.announce(block + w)
+        self.await_inputs()
         while position < schedule.tiles.length:
             source = TmaSource.of_head(ring, copy, Q, sQ, head, batch)
             if cutlass.const_expr(c.q_waits):
@@ -221,6 +224,8 @@ class ForwardKernel:
         k_at, s_at = barriers.producing(c.k_stages), barriers.producing(SCHEDULE_STAGES)
         position, ticket = schedule.first(), Int32(0)
         block, head, batch = schedule.tiles.tile(position)
+        self.announce_first(mask, TmaSource.of_head(ring, copy, K, sK, head // queries_per_kv, batch), block, c.k_stages)
+        self.await_inputs()
         while position < schedule.tiles.length:
             n_stop, _ = mask.key_tiles(block * ROWS, c.tile_m)
             source = TmaSource.of_head(ring, copy, K, sK, head // queries_per_kv, batch)
@@ -244,6 +249,8 @@ class ForwardKernel:
         v_at, s_at = barriers.producing(c.stages), barriers.consuming(SCHEDULE_STAGES)
         position = schedule.first()
         block, head, batch = schedule.tiles.tile(position)
+        self.announce_first(mask, TmaSource.of_head(ring, copy, V, sV, head // queries_per_kv, batch), block, c.stages)
+        self.await_inputs()
         while position < schedule.tiles.length:
             v_at = self.lend_v(ring, v_at)  # the first is let pass
             n_stop, _ = mask.key_tiles(block * ROWS, c.tile_m)
@@ -253,6 +260,19 @@ class ForwardKernel:
             position, (block, head, batch), s_at = schedule.hear(position, s_at)
         v_at = self.lend_v(ring, v_at)
         ring.producer_tail(v_at)
+
+    @cute.jit
+    def announce_first(self, mask, source, block, stages: Constexpr[int]):
+        """Has what fills the ring first fetched into the L2 cache."""
+        n_stop, _ = mask.key_tiles(block * ROWS, self.config.tile_m)
+        for step in cutlass.range(min(n_stop, stages), unroll=1):
+            source.announce(n_stop - 1 - step)
+
+    def await_inputs(self):
+        """Waits for the end of the kernel before. Nobody touches memory before the producers have loaded from it; but what is
+        fetched into the L2 cache, where all SMs' writes meet, can't be outdated, and that cache idles while a kernel ends.
+        """
+        cute.arch.griddepcontrol_wait()
 
     def lend_v(self, ring, v_at):
         """A stage of V for the consumers to write O to, if they have no other place."""
