@@ -1,5 +1,6 @@
 """Problem -> Plan: which kernel, which config, which grid. Pure Python, no GPU."""
 
+import math
 from dataclasses import dataclass
 
 from .kernels.configs import DTYPE_BYTES, ForwardConfig
@@ -15,13 +16,18 @@ FORWARD = {
     (256, "none"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
     (256, "causal"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
 }
-# The same where tiles of 64 queries are so few that each gets an SM to itself: one warpgroup's step is shorter than two's.
-# perf/results/2026-11-22-few-tiles-fwd-h200.json has them beside others.
-FORWARD_FEW = {
-    64: dict(tile_m=64, tile_n=192, stages=3, pingpong=False, presume=True),
-    128: dict(tile_m=64, tile_n=160, pingpong=False, presume=True),
-    256: dict(tile_m=64, tile_n=80, pingpong=False, presume=True),
+# head_dim -> (rate, row): the same with fewer queries a tile, for problems that haven't got enough of the others for all SMs.
+# rate: of an SM, as a share of what it reaches with FORWARD's.
+FORWARD_SMALLER = {
+    64: (
+        (0.87, dict(tile_m=128, tile_n=192, stages=3, extra_q_slots=2, presume=True)),
+        (0.70, dict(tile_m=64, tile_n=192, stages=3, pingpong=False, presume=True)),
+    ),
+    128: ((0.75, dict(tile_m=64, tile_n=176, pingpong=False, presume=True)),),
+    256: ((0.86, dict(tile_m=64, tile_n=96, pingpong=False, presume=True)),),
 }
+ENOUGH_TILES = 4  # an SM: with more, SMs that wait for the last tiles cost little
+ALIKE = 0.75  # of all keys, seen by the mean query: with more, tiles of one problem take about equally long
 L2_SHARE = 0.6  # of the L2 cache, for the K and V of the heads worked on together
 
 
@@ -54,18 +60,53 @@ class Plan:
 def plan_forward(problem: Problem, device: Device) -> Plan:
     """The plan of a forward call that has scores to compute."""
     mask = "causal" if problem.causal else "none"
-    config = forward_config(problem.dtype, problem.head_dim, mask, problem.lse, few_tiles(problem, device))
+    config = forward_config(problem.dtype, problem.head_dim, mask, problem.lse, chosen_row(problem, device))
     return planned(config, problem, device)
 
 
-def few_tiles(problem, device):
-    """Whether every tile of 64 queries can have an SM to itself. sm_margin has no say in it: it changes no bit of the output."""
-    return -(-problem.seqlen_q // 64) * problem.heads * problem.batch <= device.sms
+def rows(head_dim, mask):
+    """(rate, row) of every kernel for a head dim and mask, the ones with larger tiles first."""
+    return ((1.0, FORWARD[head_dim, mask]), *FORWARD_SMALLER[head_dim])
+
+
+def chosen_row(problem, device):
+    """Which of `rows`: the one that is done first. sm_margin has no say in it: it changes no bit of the output."""
+    choices = rows(problem.head_dim, "causal" if problem.causal else "none")
+    times = [time_taken(problem, row["tile_m"], device.sms) / rate for rate, row in choices]
+    return times.index(min(times))
+
+
+def time_taken(problem, tile_m, sms):
+    """How long the slowest SM is busy, as a number of queries that see all keys: an estimate, for comparing tile_m."""
+
+    def of_tile(blocks):  # of 64 queries; a warpgroup without any still costs its turns
+        return (64 * blocks + tile_m) / 2
+
+    tiles = -(-problem.seqlen_q // tile_m)
+    blocks = -(-problem.seqlen_q // 64)
+    longest, mean = of_tile(min(blocks, tile_m // 64)), of_tile(blocks / tiles)
+    rounds = tiles * problem.heads * problem.batch / sms
+    seen = share_seen(problem)
+    if seen <= ALIKE:
+        return max(longest, rounds * seen * mean)  # the longest are done first, and the others fill up
+    return seen * (math.ceil(rounds) * longest if rounds <= ENOUGH_TILES else rounds * mean)
+
+
+def share_seen(problem):
+    """Which part of the (query, key) pairs the mask leaves."""
+    if not problem.causal:
+        return 1.0
+    diagonal = min(problem.seqlen_q, problem.seqlen_k)
+    return diagonal * (problem.seqlen_k - diagonal / 2) / max(1, problem.seqlen_q * problem.seqlen_k)
+
+
+def tiles_of(problem, tile_m):
+    return -(-problem.seqlen_q // tile_m) * problem.heads * problem.batch
 
 
 def planned(config, problem, device):
     """The plan of a forward call whose config is chosen already."""
-    tiles = -(-problem.seqlen_q // config.tile_m) * problem.heads * problem.batch
+    tiles = tiles_of(problem, config.tile_m)
     if tiles >= 2**31:
         raise ValueError(f"q has {tiles} tiles of {config.tile_m} queries; at most {2**31 - 1} can be launched")
     return Plan(
@@ -76,9 +117,9 @@ def planned(config, problem, device):
     )
 
 
-def forward_config(dtype, head_dim, mask, lse, few=False) -> ForwardConfig:
-    row = FORWARD_FEW[head_dim] if few else FORWARD[head_dim, mask]
-    return ForwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, lse=lse, **row)
+def forward_config(dtype, head_dim, mask, lse, row=0) -> ForwardConfig:
+    """row: number in `rows`."""
+    return ForwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, lse=lse, **rows(head_dim, mask)[row][1])
 
 
 def head_group(problem, device):
@@ -104,9 +145,9 @@ def shipped(family="forward"):
     if family != "forward":
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
     return [
-        forward_config(dtype, head_dim, mask, lse, few)
-        for few in (False, True)
+        forward_config(dtype, head_dim, mask, lse, row)
         for head_dim, mask in FORWARD
+        for row in range(len(rows(head_dim, mask)))
         for dtype in DTYPE_BYTES
         for lse in (False, True)
     ]

@@ -7,7 +7,8 @@ import pytest
 
 from fa3 import demo
 from fa3.kernels.configs import SHARED_MEMORY_LIMIT, ForwardConfig
-from fa3.plan import FAMILIES, Device, plan_forward, shipped
+from fa3.plan import FAMILIES, FORWARD, Device, plan_forward, shipped
+from perf import suites
 
 DEVICE = Device()
 SHAPES = [  # batch, seqlen_q, seqlen_k, heads, heads_kv
@@ -66,6 +67,31 @@ def test_planning_chooses_among_the_shipped_configs(shape):
         for sms in (1, 78, 114, 132):
             plan = plan_forward(problem(shape, dtype, d, causal, lse), replace(DEVICE, sms=sms))
             assert plan.config in configs
+
+
+def test_problems_with_tiles_enough_take_the_large_ones():
+    for p in suites.PAPER:
+        shape = (p.batch, p.seqlen_q, p.seqlen_k, p.heads, p.heads_kv)
+        config = plan_forward(problem(shape, p.dtype, p.head_dim, p.causal), DEVICE).config
+        assert config.tile_m == FORWARD[p.head_dim, config.mask]["tile_m"]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "shape", "tile_m"),
+    [
+        (64, (1, 512, 512, 16, 16), 64),  # 128 tiles of 64
+        (64, (1, 512, 32768, 32, 8), 128),  # 128 tiles of 128; of 192, 96
+        (64, (64, 1, 4096, 32, 8), 64),  # many tiles, but one query in each
+        (128, (1, 512, 512, 16, 16), 64),
+        (128, (1, 512, 32768, 32, 8), 128),
+        (256, (1, 600, 32768, 32, 8), 64),  # 320 in three rounds; of 128, 160 in two
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_are_as_small_as_keeps_all_sms_busy(head_dim, shape, tile_m, causal):
+    p = problem(shape, head_dim=head_dim, causal=causal)
+    assert plan_forward(p, DEVICE).config.tile_m == tile_m
+    assert plan_forward(replace(p, sm_margin=66), DEVICE).config.tile_m == tile_m  # a margin changes no bit
 
 
 def test_shipped_configs():

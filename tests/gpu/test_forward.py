@@ -30,10 +30,10 @@ masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 both_kernels = pytest.mark.usefixtures("kernels")
 
 
-@pytest.fixture(params=["few", "many"])
+@pytest.fixture(params=["large tiles", "small tiles"])
 def kernels(request, monkeypatch):
-    """The kernels that planning takes for few tiles, and those for many, whatever the shape."""
-    monkeypatch.setattr(plan, "few_tiles", lambda *_: request.param == "few")
+    """The kernels with the largest and those with the smallest tiles, whatever planning would choose for the shape."""
+    monkeypatch.setattr(plan, "chosen_row", lambda *_: 0 if request.param == "large tiles" else -1)
     monkeypatch.setattr(sys.modules["fa3.attention"], "CALLS", {})
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fa3.attention import Launch, device_of
 from fa3.kernels.configs import ForwardConfig
-from fa3.plan import FORWARD, forward_config, planned
+from fa3.plan import FORWARD, forward_config, planned, rows
 from fa3.problem import Problem
 from tests.gpu.test_forward import faults, inputs, poisoned_memory
 
@@ -66,10 +66,12 @@ def test_variant(name, causal):
     check_lengths(ForwardConfig(mask="causal" if causal else "none", **VARIANTS[name]))
 
 
-@pytest.mark.parametrize(("head_dim", "mask"), FORWARD, ids=str)
-def test_shipped_for_many_tiles(head_dim, mask):
-    """Planning wouldn't choose these for shapes as small as here."""
-    check_lengths(forward_config("bf16", head_dim, mask, lse=True))
+@pytest.mark.parametrize(
+    ("head_dim", "mask", "row"), [(*key, row) for key in FORWARD for row in range(len(rows(*key)))], ids=str
+)
+def test_shipped(head_dim, mask, row):
+    """Of which planning would choose only some for shapes as small as here."""
+    check_lengths(forward_config("bf16", head_dim, mask, True, row))
 
 
 def check_lengths(config):
