@@ -45,7 +45,7 @@ class ForwardConfig:
         every tile, and without a branch.
     late_release: with overlap, K's stage is released, and O awaited, after the first row's exponentials and not before.
     presume: with overlap, P of a tile without a mask is taken against the maximum known before it, and the maximum of its scores
-        only where a row's sum shows that the two are too far apart; then S is computed again.
+        only where a row's sum shows that the two are too far apart; then S is computed again, from K in global memory.
     lse: write the log-sum-exp of each query row.
     """
 

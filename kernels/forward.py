@@ -43,10 +43,11 @@ class Consumer:
     q_ring: pipeline.PipelineTmaAsync
     k_ring: pipeline.PipelineTmaAsync
     v_ring: pipeline.PipelineTmaAsync
+    keys: cute.Tensor  # K in global memory, (seqlen, head_dim, heads, batch)
+    queries_per_kv: Divisor
     qk: Constexpr  # the WGMMA operation of S = Q Kᵀ
     pv: Constexpr  # and of O = P V
     sQ: cute.Tensor  # Q in shared memory, (64, head_dim, slot)
-    sK: cute.Tensor  # and K, (tile_n, head_dim, stage)
     Q: cute.Tensor  # Q, K, V as operands: in shared memory, but Q in registers where the config says so
     K: cute.Tensor
     V: cute.Tensor
@@ -83,6 +84,7 @@ class ForwardKernel:
         q_layout = tiles.smem_layout(self.dtype, ROWS, c.head_dim, c.q_slots)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.k_stages)
         v_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
+        keys = K
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
@@ -94,7 +96,7 @@ class ForwardKernel:
         copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, v_layout, o_layout)
         scale_log2 = softmax_scale * Float32(LOG2_E)
         queries_per_kv = Divisor(Q.shape[2] // K.shape[2])
-        self.kernel(copies, Q, K, V, O, LSE, scale_log2, tile_list, queries_per_kv, leaves_sms, counter, layouts).launch(
+        self.kernel(copies, Q, K, V, O, LSE, keys, scale_log2, tile_list, queries_per_kv, leaves_sms, counter, layouts).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
             smem=c.shared_memory,
@@ -129,6 +131,7 @@ class ForwardKernel:
         V: cute.Tensor,
         O: cute.Tensor,
         LSE: cute.Tensor | None,
+        keys: cute.Tensor,  # K, not as TMA sees it
         scale_log2: Float32,
         tile_list: TileList,
         queries_per_kv: Divisor,
@@ -172,7 +175,7 @@ class ForwardKernel:
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, counter)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
         loads = (q_ring, k_ring, v_ring), copies[:3], (Q, K, V), (sQ, sK, sV)
-        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, output, LSE
+        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, keys, queries_per_kv, output, LSE
         if cutlass.const_expr(not c.warp_specialised):
             cute.arch.griddepcontrol_wait()
             self.consume(warpgroup_index, *work)
@@ -278,7 +281,7 @@ class ForwardKernel:
         """A stage of V for the consumers to write O to, if they have no other place."""
         return barriers.lend(ring, v_at) if self.config.o_borrows_v else v_at
 
-    def consumer(self, index, thread, mask, scale_log2, loads):
+    def consumer(self, index, thread, mask, scale_log2, loads, keys, queries_per_kv):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
         rings, _, _, (sQ, sK, sV) = loads
@@ -297,10 +300,11 @@ class ForwardKernel:
             OnlineSoftmax.start(c.rescale_from, HIGHEST_P[c.dtype], scale_log2),
             Feeder(not c.warp_specialised, feeds, *loads),
             *rings,
+            keys,
+            queries_per_kv,
             qk_op,
             pv_op,
             sQ=sQ,
-            sK=sK,
             Q=qk.make_fragment_A(qk.get_slice(0).partition_A(own_sQ)),
             K=qk.make_fragment_B(qk.get_slice(0).partition_B(sK)),
             V=pv.make_fragment_B(pv.get_slice(0).partition_B(tiles.transposed(sV))),
@@ -310,13 +314,13 @@ class ForwardKernel:
         )
 
     @cute.jit
-    def consume(self, index, schedule, mask, scale_log2, thread, loads, output, LSE):
+    def consume(self, index, schedule, mask, scale_log2, thread, loads, keys, queries_per_kv, output, LSE):
         """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE.
 
         With overlap, tiles follow each other as steps do: one's last O and the next one's first S are in flight together.
         """
         c = self.config
-        t = self.consumer(index, thread, mask, scale_log2, loads)
+        t = self.consumer(index, thread, mask, scale_log2, loads, keys, queries_per_kv)
         q_at = barriers.consuming(c.q_slots, t.index)
         k_at, v_at, s_at = barriers.consuming(c.k_stages), barriers.consuming(c.stages), barriers.consuming(SCHEDULE_STAGES)
         t.turns.begin()
@@ -488,8 +492,8 @@ class ForwardKernel:
         t.feeder.step(head, batch, n, k_at, v_at, v_ahead=True)
         wgmma.wait(1)
         if cutlass.const_expr(self.config.presume and not masked):
-            self.presumed_p(t, q_at, k_at, v_at)
             t.k_ring.consumer_release(k_at)
+            self.presumed_p(t, head, batch, n, q_at, v_at)
             self.release_q(t, n, q_at)
         else:
             if cutlass.const_expr(not self.config.late_release):
@@ -510,10 +514,11 @@ class ForwardKernel:
         return k_at, v_at
 
     @cute.jit
-    def presumed_p(self, t: Consumer, q_at, k_at, v_at):
+    def presumed_p(self, t: Consumer, head, batch, n, q_at, v_at):
         """P of a tile without a mask against the maximum of before; where a row has a much higher one, once more with that.
 
-        So no maximum stands between S and its exponentials, and O stays as it is. A warp that presumed wrongly needs S again.
+        So no maximum stands between S and its exponentials, and O stays as it is. A warp that presumed wrongly needs S again,
+        for which it takes K from global memory: the stage in shared memory isn't kept for what hardly ever happens.
         """
         l_tile, holds = t.softmax.presume(t.S)
         wgmma.wait(0)
@@ -523,8 +528,10 @@ class ForwardKernel:
             t.softmax.take_in(l_tile)
         else:
             Q = t.Q if self.config.q_in_registers else t.sQ[None, None, q_at.index]
-            warp_mma.again(t.S, Q, t.sK[None, None, k_at.index], t.thread, self.config.q_in_registers)
-            cute.arch.sync_warp()  # all lanes have read K and Q before one gives them back
+            of_head = t.keys[None, None, head // t.queries_per_kv, batch]
+            K = cute.local_tile(of_head, (self.config.tile_n, self.config.head_dim), (n, 0))
+            warp_mma.again(t.S, Q, K, t.thread, self.config.q_in_registers)
+            cute.arch.sync_warp()  # all lanes have read Q before one gives it back
             t.softmax.step(t.S)
             t.softmax.rescale(t.O)
             round_into(t.P, t.S)

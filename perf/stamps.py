@@ -12,7 +12,7 @@ import tempfile
 
 from perf import peers
 
-KEPT = 1024  # stamps a warpgroup
+KEPT = 2048  # stamps a warpgroup
 MARKS = [  # method, line, where, what it says
     ("consume", "t.turns.begin", "before", "start"),
     ("overlapped_step", "t.k_ring.consumer_wait", "before", "step"),
@@ -31,9 +31,12 @@ MARKS = [  # method, line, where, what it says
     ("consume", "going_on = c.overlap", "before", "next tile"),
     ("consume", "t.v_ring.consumer_wait(v_at)", "after", "Q, V"),
     ("consume", "self.issue_o", "after", "O issued"),
-    ("start_tile", "self.issue_s", "before", "Q, K"),
+    ("start_tile", "t.q_ring.consumer_wait", "after", "Q"),
+    ("start_tile", "self.issue_s", "before", "K"),
     ("start_tile", "self.issue_s", "after", "S issued"),
     ("consume", "wgmma.wait(1)", "after", "O"),
+    ("epilogue", "t.softmax.finish", "after", "O / l"),
+    ("epilogue", "output.write", "before", "place for O"),
     ("consume", "self.epilogue", "after", "epilogue"),
     ("p_alone", "wgmma.wait(0)", "after", "S"),
     ("p_alone", "round_into", "after", "P"),
@@ -65,8 +68,8 @@ def stamped(source):
     for before, after in (
         ("@dataclass(frozen=True)\nclass Consumer:", STAMP.replace("KEPT", str(KEPT)) + "@dataclass(frozen=True)\nclass Consumer:"),
         ("    O: cute.Tensor\n\n\nclass", "    O: cute.Tensor\n    stamps: Int64\n    stamped: cute.Tensor\n\n\nclass"),
-        ("scale_log2, loads):", "scale_log2, loads, LSE):"),
-        ("thread, mask, scale_log2, loads)\n", "thread, mask, scale_log2, loads, LSE)\n        t.stamped[0] = Int32(0)\n"),
+        ("loads, keys, queries_per_kv):", "loads, keys, queries_per_kv, LSE):"),
+        ("loads, keys, queries_per_kv)\n", "loads, keys, queries_per_kv, LSE)\n        t.stamped[0] = Int32(0)\n"),
         (
             "(ROWS, c.head_dim)), Float32),\n",
             "(ROWS, c.head_dim)), Float32),\n"
