@@ -85,12 +85,10 @@ def expected_wgmmas(config):
 
 
 def expected_warp_mmas(config):
-    """Matrix instructions of single warps (HMMA, 16 × 8) in a forward kernel's code: S once more where a maximum is presumed.
-
-    Over head_dim that is a loop where Q is in shared memory, and straight code where it is in registers.
+    """Matrix instructions of single warps (HMMA, 16 × 8) in a forward kernel's code: S once more where a maximum is presumed. Over
+    head_dim that is a loop.
     """
-    steps = config.head_dim // MMA_K[config.dtype] if config.q_in_registers else 1
-    return config.presume * config.tile_n // 8 * steps
+    return config.presume * config.tile_n // 8
 
 
 def inspect(config):

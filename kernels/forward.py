@@ -43,7 +43,8 @@ class Consumer:
     q_ring: pipeline.PipelineTmaAsync
     k_ring: pipeline.PipelineTmaAsync
     v_ring: pipeline.PipelineTmaAsync
-    keys: cute.Tensor  # K in global memory, (seqlen, head_dim, heads, batch)
+    queries: cute.Tensor  # Q and K in global memory, (seqlen, head_dim, heads, batch)
+    keys: cute.Tensor
     queries_per_kv: Divisor
     qk: Constexpr  # the WGMMA operation of S = Q Kᵀ
     pv: Constexpr  # and of O = P V
@@ -84,7 +85,7 @@ class ForwardKernel:
         q_layout = tiles.smem_layout(self.dtype, ROWS, c.head_dim, c.q_slots)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.k_stages)
         v_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
-        keys = K
+        queries, keys = Q, K
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
@@ -96,7 +97,7 @@ class ForwardKernel:
         copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, v_layout, o_layout)
         scale_log2 = softmax_scale * Float32(LOG2_E)
         queries_per_kv = Divisor(Q.shape[2] // K.shape[2])
-        self.kernel(copies, Q, K, V, O, LSE, keys, scale_log2, tile_list, queries_per_kv, leaves_sms, counter, layouts).launch(
+        self.kernel(copies, Q, K, V, O, LSE, queries, keys, scale_log2, tile_list, queries_per_kv, leaves_sms, counter, layouts).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
             smem=c.shared_memory,
@@ -131,7 +132,8 @@ class ForwardKernel:
         V: cute.Tensor,
         O: cute.Tensor,
         LSE: cute.Tensor | None,
-        keys: cute.Tensor,  # K, not as TMA sees it
+        queries: cute.Tensor,  # Q and K, not as TMA sees them
+        keys: cute.Tensor,
         scale_log2: Float32,
         tile_list: TileList,
         queries_per_kv: Divisor,
@@ -175,7 +177,7 @@ class ForwardKernel:
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, counter)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
         loads = (q_ring, k_ring, v_ring), copies[:3], (Q, K, V), (sQ, sK, sV)
-        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, keys, queries_per_kv, output, LSE
+        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, queries, keys, queries_per_kv, output, LSE
         if cutlass.const_expr(not c.warp_specialised):
             cute.arch.griddepcontrol_wait()
             self.consume(warpgroup_index, *work)
@@ -281,7 +283,7 @@ class ForwardKernel:
         """A stage of V for the consumers to write O to, if they have no other place."""
         return barriers.lend(ring, v_at) if self.config.o_borrows_v else v_at
 
-    def consumer(self, index, thread, mask, scale_log2, loads, keys, queries_per_kv):
+    def consumer(self, index, thread, mask, scale_log2, loads, queries, keys, queries_per_kv):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
         rings, _, _, (sQ, sK, sV) = loads
@@ -300,6 +302,7 @@ class ForwardKernel:
             OnlineSoftmax.start(c.rescale_from, HIGHEST_P[c.dtype], scale_log2),
             Feeder(not c.warp_specialised, feeds, *loads),
             *rings,
+            queries,
             keys,
             queries_per_kv,
             qk_op,
@@ -314,13 +317,13 @@ class ForwardKernel:
         )
 
     @cute.jit
-    def consume(self, index, schedule, mask, scale_log2, thread, loads, keys, queries_per_kv, output, LSE):
+    def consume(self, index, schedule, mask, scale_log2, thread, loads, queries, keys, queries_per_kv, output, LSE):
         """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE.
 
         With overlap, tiles follow each other as steps do: one's last O and the next one's first S are in flight together.
         """
         c = self.config
-        t = self.consumer(index, thread, mask, scale_log2, loads, keys, queries_per_kv)
+        t = self.consumer(index, thread, mask, scale_log2, loads, queries, keys, queries_per_kv)
         q_at = barriers.consuming(c.q_slots, t.index)
         k_at, v_at, s_at = barriers.consuming(c.k_stages), barriers.consuming(c.stages), barriers.consuming(SCHEDULE_STAGES)
         t.turns.begin()
@@ -456,17 +459,16 @@ class ForwardKernel:
     @cute.jit
     def mainloop(self, t: Consumer, block, head, batch, n, n_unmasked, q_at, k_at, v_at):
         """From a P to the last one: key tiles from the last to the first, so that those that need masking come first."""
-        first_row = (block + t.index) * ROWS
         o_begun = Boolean(False)
         if cutlass.const_expr(self.config.overlap):
             if cutlass.const_expr(t.mask.causal):  # else only the first tile can reach past seqlen_k
                 while n > n_unmasked:
                     n -= 1
-                    k_at, v_at = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, o_begun, masked=True)
+                    k_at, v_at = self.overlapped_step(t, block, head, batch, n, q_at, k_at, v_at, o_begun, masked=True)
                     o_begun = Boolean(True)
             while n > 0:
                 n -= 1
-                k_at, v_at = self.overlapped_step(t, first_row, head, batch, n, q_at, k_at, v_at, o_begun, masked=False)
+                k_at, v_at = self.overlapped_step(t, block, head, batch, n, q_at, k_at, v_at, o_begun, masked=False)
                 o_begun = Boolean(True)
         else:
             while n > 0:
@@ -481,7 +483,7 @@ class ForwardKernel:
         return k_at, v_at, o_begun
 
     @cute.jit
-    def overlapped_step(self, t: Consumer, first_row, head, batch, n, q_at, k_at, v_at, o_begun, masked: Constexpr[bool]):
+    def overlapped_step(self, t: Consumer, block, head, batch, n, q_at, k_at, v_at, o_begun, masked: Constexpr[bool]):
         """Algorithm 2's loop: S of tile n and O of tile n + 1 are in flight together, the softmax of tile n follows."""
         t.k_ring.consumer_wait(k_at)
         t.turns.take()
@@ -493,14 +495,14 @@ class ForwardKernel:
         wgmma.wait(1)
         if cutlass.const_expr(self.config.presume and not masked):
             t.k_ring.consumer_release(k_at)
-            self.presumed_p(t, head, batch, n, q_at, v_at)
             self.release_q(t, n, q_at)
+            self.presumed_p(t, block, head, batch, n, v_at)
         else:
             if cutlass.const_expr(not self.config.late_release):
                 t.k_ring.consumer_release(k_at)
             self.release_q(t, n, q_at)
             if cutlass.const_expr(masked):
-                t.mask.apply(t.S, first_row, n, t.thread)
+                t.mask.apply(t.S, (block + t.index) * ROWS, n, t.thread)
             highest = t.softmax.first_row(t.S)
             if cutlass.const_expr(self.config.late_release):
                 barriers.release_after(t.k_ring, k_at, t.softmax.l)
@@ -514,11 +516,11 @@ class ForwardKernel:
         return k_at, v_at
 
     @cute.jit
-    def presumed_p(self, t: Consumer, head, batch, n, q_at, v_at):
+    def presumed_p(self, t: Consumer, block, head, batch, n, v_at):
         """P of a tile without a mask against the maximum of before; where a row has a much higher one, once more with that.
 
         So no maximum stands between S and its exponentials, and O stays as it is. A warp that presumed wrongly needs S again,
-        for which it takes K from global memory: the stage in shared memory isn't kept for what hardly ever happens.
+        for which it takes Q and K from global memory: they aren't kept in shared memory for what hardly ever happens.
         """
         l_tile, holds = t.softmax.presume(t.S)
         wgmma.wait(0)
@@ -527,11 +529,10 @@ class ForwardKernel:
         if cute.arch.vote_all_sync(holds):
             t.softmax.take_in(l_tile)
         else:
-            Q = t.Q if self.config.q_in_registers else t.sQ[None, None, q_at.index]
-            of_head = t.keys[None, None, head // t.queries_per_kv, batch]
-            K = cute.local_tile(of_head, (self.config.tile_n, self.config.head_dim), (n, 0))
-            warp_mma.again(t.S, Q, K, t.thread, self.config.q_in_registers)
-            cute.arch.sync_warp()  # all lanes have read Q before one gives it back
+            Q = t.queries[None, None, head, batch]
+            K = t.keys[None, None, head // t.queries_per_kv, batch]
+            first_row = (block + t.index) * ROWS + t.thread // WARP * WARP_ROWS
+            warp_mma.again(t.S, Q, first_row, K, n * self.config.tile_n)
             t.softmax.step(t.S)
             t.softmax.rescale(t.O)
             round_into(t.P, t.S)

@@ -9,43 +9,38 @@ from . import wgmma
 
 
 @cute.jit
-def again(acc: cute.Tensor, A: cute.Tensor, B: cute.Tensor, thread, a_in_registers: cutlass.Constexpr[bool]):
+def again(acc: cute.Tensor, A: cute.Tensor, first_a, B: cute.Tensor, first_b):
     """This warp's 16 rows of acc = A Bᵀ, computed as before by a WGMMA: acc is that one's fragment.
 
-    A: its register operand, or A's (64, k) in shared memory; B: (n, k) in global memory, rows of 16 bytes aligned to 16.
-    An accumulator of mma.sync lies as 16 rows of a WGMMA's do, and so does its operand A.
+    A, B: (rows, k) in global memory, of which A's 16 rows from first_a on are multiplied, its last one in place of those past
+    the end, and B's from first_b on, as many as acc has columns. An accumulator of mma.sync lies as 16 rows of a WGMMA's do.
     """
+    lane = cute.arch.lane_idx()
+    lane = cute.arch.shuffle_sync(lane, lane)  # itself, but ptxas can't work out the addresses in every step, in registers it hasn't got
     mma = cute.make_tiled_mma(warp.MmaF16BF16Op(B.element_type, Float32, (16, 8, 16)), permutation_mnk=(16, 16, 16))
-    depth, lane = cute.size(B, mode=[1]), thread % 32
-    rA = cute.make_rmem_tensor(mma.get_slice(lane).partition_shape_A((16, 16)), B.element_type)
+    rA = cute.make_rmem_tensor(mma.get_slice(lane).partition_shape_A((16, 16)), A.element_type)
     rB = cute.make_rmem_tensor(mma.get_slice(lane).partition_shape_B((16, 16)), B.element_type)
-    row = Int64(B.stride[0]) * (B.element_type.width // 8)
-    own = B.iterator.toint() + lane // 4 * row + lane % 4 * 4
+    # Operands of mma.sync: lane l has, of row l / 4 and of row l / 4 + 8, columns 2(l % 4) and the next, and the same 8 columns on
+    a_pairs, b_pairs = cute.recast_tensor(rA, Int32), cute.recast_tensor(rB, Int32)
+    own_a = [address(A, min(first_a + lane // 4 + 8 * r, A.shape[0] - 1), lane) for r in range(2)]
+    own_b, eight_rows = address(B, first_b + lane // 4, lane), Int64(B.stride[0]) * (8 * B.element_type.width // 8)
     wgmma.flat(acc).fill(0.0)
-    if cutlass.const_expr(a_in_registers):
-        for k in cutlass.range_constexpr(depth // 16):
-            add(mma, acc, cute.make_tensor(A.iterator + 8 * k, rA.layout), own + 32 * k, row, rB)
-    else:
-        ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), B.element_type)
-        copy_a = cute.make_tiled_copy_A(ldmatrix, mma).get_slice(lane)
-        shared_a = copy_a.partition_S(cute.local_tile(A, (16, depth), (thread // 32, 0)))
-        for k in cutlass.range(depth // 16, unroll=1):
-            cute.copy(copy_a, shared_a[None, None, k], copy_a.retile(rA)[None, None, 0])
-            add(mma, acc, rA, own + 32 * k, row, rB)
-
-
-@cute.jit
-def add(mma: cute.TiledMma, acc: cute.Tensor, A: cute.Tensor, address, row, B: cute.Tensor):
-    """acc += A Bᵀ for 16 of their k, 16 of B's rows at a time. address: of this lane's first pair of B; row: bytes from row to row.
-
-    mma.sync's operand B: lane l has, of row l / 4 and row l / 4 + 8, columns 2(l % 4) and the next, and the same 8 columns on.
-    """
-    pairs = cute.recast_tensor(B, Int32)
-    for j in cutlass.range_constexpr(cute.size(acc) // 8):
+    for k in cutlass.range(cute.size(B, mode=[1]) // 16, unroll=1):
         for i in cutlass.range_constexpr(4):
-            pairs[i] = load_from_l2(address + (16 * j + i // 2 * 8) * row + i % 2 * 16)
-        part = cute.make_tensor(acc.iterator + 8 * j, cute.make_layout(((2, 2), 1, 2), stride=((1, 2), 0, 4)))
-        cute.gemm(mma, part, A, B, part)
+            a_pairs[i] = load_from_l2(own_a[i % 2] + 32 * k + i // 2 * 16)
+        at = own_b + 32 * k
+        for j in cutlass.range_constexpr(cute.size(acc) // 8):
+            for i in cutlass.range_constexpr(4):
+                b_pairs[i] = load_from_l2(at + i % 2 * 16)
+                if cutlass.const_expr(i % 2 == 1):
+                    at += eight_rows
+            part = cute.make_tensor(acc.iterator + 8 * j, cute.make_layout(((2, 2), 1, 2), stride=((1, 2), 0, 4)))
+            cute.gemm(mma, part, rA, rB, part)
+
+
+def address(tensor, row, lane):
+    """Of a row's first pair of elements for a lane."""
+    return tensor.iterator.toint() + (Int64(row) * tensor.stride[0] + 2 * (lane % 4)) * (tensor.element_type.width // 8)
 
 
 def load_from_l2(address):
