@@ -32,7 +32,7 @@ class ForwardConfig:
     tile_m: queries a CTA owns at a time; 64 for each consumer warpgroup, so 64, 128 or 192.
     tile_n: keys of one step of the mainloop, a multiple of 16.
     stages: tiles of K, and of V, that are in flight.
-    extra_k_stages: tiles of K in flight beyond those: a tile of queries needs its first K before anything else.
+    extra_k_stages: tiles of K in flight beyond those, -1 to 2: a tile of queries needs its first K before anything else.
     extra_q_slots: places for 64 rows of Q in shared memory beyond the one of each warpgroup: the next tile's come there early.
     warp_specialised: a producer warpgroup does all loading; without, a consumer warp loads between its WGMMAs, one step ahead
         (for comparison: the paper's Table 2).
@@ -86,10 +86,12 @@ class ForwardConfig:
             raise ConfigError(f"rescale_from must be from 0 to 8, for P to stay within fp16, got {self.rescale_from!r}")
         if not 1 <= self.stages <= 8:
             raise ConfigError(f"stages must be from 1 to 8, got {self.stages!r}")
-        one_of("extra_k_stages", (0, 1, 2))
+        one_of("extra_k_stages", (-1, 0, 1, 2))
         one_of("extra_q_slots", tuple(range(self.consumer_warpgroups + 1)))
-        if self.overlap and self.stages < 2:
-            raise ConfigError("overlap keeps two tiles in flight and needs stages >= 2, got 1")
+        if self.k_stages < 1:
+            raise ConfigError("extra_k_stages=-1 with stages=1 leaves K none")
+        if self.overlap and min(self.stages, self.k_stages) < 2:
+            raise ConfigError(f"overlap keeps two tiles in flight and needs 2 stages of K and of V, got {self.k_stages} and {self.stages}")
         if self.late_release and not self.overlap:
             raise ConfigError("late_release places a wait of the overlapped mainloop and needs overlap=True, got False")
         if self.presume and not self.overlap:

@@ -28,6 +28,7 @@ VARIANTS = {
     "three places for two warpgroups' Q": dict(head_dim=256, tile_n=64, extra_q_slots=1),
     "d 64, five places for three": dict(head_dim=64, tile_m=192, extra_q_slots=2),
     "more stages of K": dict(extra_k_stages=1, tile_n=112),
+    "more stages of V": dict(stages=3, extra_k_stages=-1, tile_n=112),
     "presumed maxima": dict(presume=True, tile_n=48),
     "presumed maxima, Q in registers": dict(presume=True, q_in_registers=True, extra_k_stages=1),
     "d 64, presumed maxima": dict(head_dim=64, tile_m=192, presume=True),
