@@ -21,13 +21,14 @@ FORWARD = {
 FORWARD_SMALLER = {
     64: (
         (0.87, dict(tile_m=128, tile_n=192, stages=3, extra_q_slots=2, presume=True)),
-        (0.70, dict(tile_m=64, tile_n=192, stages=3, pingpong=False, presume=True)),
+        (0.60, dict(tile_m=64, tile_n=192, stages=3, pingpong=False, presume=True)),
     ),
-    128: ((0.75, dict(tile_m=64, tile_n=176, pingpong=False, presume=True)),),
-    256: ((0.86, dict(tile_m=64, tile_n=96, pingpong=False, presume=True)),),
+    128: ((0.70, dict(tile_m=64, tile_n=176, pingpong=False, presume=True)),),
+    256: ((0.80, dict(tile_m=64, tile_n=96, pingpong=False, presume=True)),),
 }
-ENOUGH_TILES = 4  # an SM: with more, SMs that wait for the last tiles cost little
-ALIKE = 0.75  # of all keys, seen by the mean query: with more, tiles of one problem take about equally long
+ENOUGH_TILES = 8  # an SM: with more, SMs that wait for the last tiles cost little
+ALIKE = 0.75  # of the keys that the longest tile takes: where the mean one takes more, tiles are done in rounds
+EXTRA_KEYS = 192  # what a tile's beginning and end cost, in keys
 L2_SHARE = 0.6  # of the L2 cache, for the K and V of the heads worked on together
 
 
@@ -72,32 +73,32 @@ def rows(head_dim, mask):
 def chosen_row(problem, device):
     """Which of `rows`: the one that is done first. sm_margin has no say in it: it changes no bit of the output."""
     choices = rows(problem.head_dim, "causal" if problem.causal else "none")
-    times = [time_taken(problem, row["tile_m"], device.sms) / rate for rate, row in choices]
+    times = [time_taken(problem, row["tile_m"], row["tile_n"], device.sms) / rate for rate, row in choices]
     return times.index(min(times))
 
 
-def time_taken(problem, tile_m, sms):
-    """How long the slowest SM is busy, as a number of queries that see all keys: an estimate, for comparing tile_m."""
+def time_taken(problem, tile_m, tile_n, sms):
+    """How long the slowest SM is busy, in queries times keys: an estimate, for comparing tiles."""
 
-    def of_tile(blocks):  # of 64 queries; a warpgroup without any still costs its turns
+    def queries(blocks):  # of 64 in a tile; a warpgroup without any still costs its turns
         return (64 * blocks + tile_m) / 2
 
-    tiles = -(-problem.seqlen_q // tile_m)
-    blocks = -(-problem.seqlen_q // 64)
-    longest, mean = of_tile(min(blocks, tile_m // 64)), of_tile(blocks / tiles)
+    tiles, blocks = -(-problem.seqlen_q // tile_m), -(-problem.seqlen_q // 64)
+    longest, mean = queries(min(blocks, tile_m // 64)), queries(blocks / tiles)
+    keys = -(-problem.seqlen_k // tile_n) * tile_n
+    most, taken = keys + EXTRA_KEYS, min(keys, keys_seen(problem) + tile_n / 2) + EXTRA_KEYS
     rounds = tiles * problem.heads * problem.batch / sms
-    seen = share_seen(problem)
-    if seen <= ALIKE:
-        return max(longest, rounds * seen * mean)  # the longest are done first, and the others fill up
-    return seen * (math.ceil(rounds) * longest if rounds <= ENOUGH_TILES else rounds * mean)
+    if taken <= ALIKE * most:
+        return max(longest * most, rounds * mean * taken)  # the longest are done first, and the others fill up
+    return taken * (math.ceil(rounds) * longest if rounds <= ENOUGH_TILES else rounds * mean)
 
 
-def share_seen(problem):
-    """Which part of the (query, key) pairs the mask leaves."""
+def keys_seen(problem):
+    """By the mean query."""
     if not problem.causal:
-        return 1.0
+        return problem.seqlen_k
     diagonal = min(problem.seqlen_q, problem.seqlen_k)
-    return diagonal * (problem.seqlen_k - diagonal / 2) / max(1, problem.seqlen_q * problem.seqlen_k)
+    return diagonal * (problem.seqlen_k - diagonal / 2) / problem.seqlen_q
 
 
 def tiles_of(problem, tile_m):

@@ -85,6 +85,10 @@ def test_problems_with_tiles_enough_take_the_large_ones():
         (128, (1, 512, 512, 16, 16), 64),
         (128, (1, 512, 32768, 32, 8), 128),
         (256, (1, 600, 32768, 32, 8), 64),  # 320 in three rounds; of 128, 160 in two
+        (64, (1, 256, 4096, 70, 70), 128),  # 140 in two rounds; of 64, 280 in three
+        (64, (25, 1024, 16384, 2, 2), 192),  # 300 in three rounds; of 64, 800 in seven
+        (128, (1, 2048, 512, 29, 29), 128),  # causal: rows that see nothing take their time too
+        (128, (1, 1045, 613, 32, 8), 128),
     ],
 )
 @pytest.mark.parametrize("causal", [False, True])
@@ -92,6 +96,18 @@ def test_tiles_are_as_small_as_keeps_all_sms_busy(head_dim, shape, tile_m, causa
     p = problem(shape, head_dim=head_dim, causal=causal)
     assert plan_forward(p, DEVICE).config.tile_m == tile_m
     assert plan_forward(replace(p, sm_margin=66), DEVICE).config.tile_m == tile_m  # a margin changes no bit
+
+
+def test_tiles_of_a_causal_problem_fill_up_with_shorter_ones():
+    p = problem((1, 2048, 2048, 6, 6))
+    assert plan_forward(p, DEVICE).config.tile_m == 128  # 96 in one round; of 64, 192 in two
+    assert plan_forward(replace(p, causal=True), DEVICE).config.tile_m == 64  # half the time of the longest of 128
+
+
+def test_a_smaller_gpu_takes_larger_tiles():
+    p = problem((1, 512, 512, 16, 16))  # 128 tiles of 64
+    assert plan_forward(p, replace(DEVICE, sms=132)).config.tile_m == 64
+    assert plan_forward(p, replace(DEVICE, sms=78)).config.tile_m == 128
 
 
 def test_shipped_configs():

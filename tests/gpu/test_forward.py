@@ -27,13 +27,18 @@ HEADS = {"mha": (4, 4), "gqa": (8, 2), "mqa": (5, 1)}
 dtypes = pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 head_dims = pytest.mark.parametrize("d", [64, 128, 256])
 masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-both_kernels = pytest.mark.usefixtures("kernels")
+all_kernels = pytest.mark.usefixtures("kernels")
 
 
-@pytest.fixture(params=["large tiles", "small tiles"])
+@pytest.fixture(params=["large tiles", "middle tiles", "small tiles"])
 def kernels(request, monkeypatch):
-    """The kernels with the largest and those with the smallest tiles, whatever planning would choose for the shape."""
-    monkeypatch.setattr(plan, "chosen_row", lambda *_: 0 if request.param == "large tiles" else -1)
+    """Every kernel for a head dim and mask, whatever planning would choose for the shape."""
+
+    def row(problem, device):
+        choices = len(plan.rows(problem.head_dim, "causal" if problem.causal else "none"))
+        return {"large tiles": 0, "middle tiles": 1, "small tiles": choices - 1}[request.param]
+
+    monkeypatch.setattr(plan, "chosen_row", row)
     monkeypatch.setattr(sys.modules["fa3.attention"], "CALLS", {})
 
 
@@ -107,7 +112,7 @@ def check(q, k, v, lse_tolerance=LSE_TOLERANCE, **options):
 # Accuracy: bar 2 of the issue.
 
 
-@both_kernels
+@all_kernels
 @dtypes
 @head_dims
 @masks
@@ -126,6 +131,7 @@ def test_every_length(dtype, d, causal, heads):
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+@all_kernels
 @dtypes
 @head_dims
 @masks
@@ -310,7 +316,7 @@ def test_qkvpacked_equals_separate(causal):
 # Options.
 
 
-@both_kernels
+@all_kernels
 @head_dims
 @masks
 @pytest.mark.parametrize("scale", [None, 0.3, 1.0, -0.5, 0.0, 1e-6])
@@ -320,7 +326,7 @@ def test_softmax_scale(scale, causal, d):
     check(k, q[:, :, :2], q[:, :, 2:], causal=causal, softmax_scale=scale)  # 203 queries, some of which see nothing
 
 
-@both_kernels
+@all_kernels
 @masks
 def test_steep_negative_scale(causal):
     """The largest scaled score is the smallest score; taken the other way the exponentials overflow."""
@@ -359,7 +365,7 @@ def test_arguments_by_position_and_defaults_spelled_out(causal):
 # Numbers.
 
 
-@both_kernels
+@all_kernels
 @dtypes
 @head_dims
 @masks
@@ -368,7 +374,7 @@ def test_large_magnitudes(dtype, d, causal):
     check(q, k, v * 500, causal=causal, lse_tolerance=2e-2)
 
 
-@both_kernels
+@all_kernels
 @dtypes
 @masks
 def test_every_score_far_below_zero(dtype, causal):
@@ -379,7 +385,7 @@ def test_every_score_far_below_zero(dtype, causal):
     assert lse.max() < -300
 
 
-@both_kernels
+@all_kernels
 @dtypes
 @head_dims
 @masks
@@ -394,7 +400,7 @@ def test_scores_that_rise_towards_the_first_key(dtype, d, causal, rise):
     check(q, k, v, causal=causal, lse_tolerance=2e-2)
 
 
-@both_kernels
+@all_kernels
 def test_probabilities_of_one_key_return_its_value():
     """With scores so far apart that P is one-hot, O is V's row to the last bit."""
     key = torch.eye(128, device="cuda", dtype=BF16) * 100
@@ -407,7 +413,7 @@ def test_probabilities_of_one_key_return_its_value():
     torch.testing.assert_close(lse, torch.full_like(lse, 1e4 * 128**-0.5), rtol=1e-5, atol=0)
 
 
-@both_kernels
+@all_kernels
 @masks
 @head_dims
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -435,7 +441,7 @@ def test_one_bad_number_spreads_as_in_plain_attention(which, value, d, causal):
     assert torch.equal(lse.isfinite(), plain_lse.isfinite()) and not (lse == -INF).any()
 
 
-@both_kernels
+@all_kernels
 @masks
 @head_dims
 def test_keys_of_score_minus_infinity_drop_out(d, causal):
@@ -468,7 +474,7 @@ def test_equal_scores_add_up(d, level, keys):
     assert out.abs().max() < 1e-3
 
 
-@both_kernels
+@all_kernels
 @pytest.mark.parametrize("value", [NAN, INF], ids=["NaN", "inf"])
 def test_rows_that_see_nothing_stay_zero_beside_a_bad_v(value):
     q, k, v = inputs(1, 160, 100, 2, 2, 128)
