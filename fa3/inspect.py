@@ -85,8 +85,9 @@ def expected_wgmmas(config):
 
 
 def expected_warp_mmas(config):
-    """Matrix instructions of single warps (HMMA, 16 × 8) in a forward kernel's code: S once more where a maximum is presumed. Over
-    head_dim that is a loop.
+    """Matrix instructions of single warps (HMMA, 16 × 8) in a forward kernel's code: S once more where a maximum is presumed.
+
+    Over head_dim that is a loop.
     """
     return config.presume * config.tile_n // 8
 

@@ -274,8 +274,10 @@ class ForwardKernel:
             source.announce(n_stop - 1 - step)
 
     def await_inputs(self):
-        """Waits for the end of the kernel before. Nobody touches memory before the producers have loaded from it; but what is
-        fetched into the L2 cache, where all SMs' writes meet, can't be outdated, and that cache idles while a kernel ends.
+        """Waits for the end of the kernel before. Nobody touches memory before the producers have loaded from it.
+
+        What is announced before may be written yet. That relies on the L2 cache being where all SMs' writes meet: what it
+        fetched follows them. And it idles while a kernel ends.
         """
         cute.arch.griddepcontrol_wait()
 

@@ -38,7 +38,8 @@ class RightMask:
         if cutlass.const_expr(self.causal):
             first_visible = self.visible(first_row)
             stop = min(stop, max(1, cute.ceil_div(first_visible + rows - 1, self.tile_n)))
-            unmasked = min(unmasked, max(0, first_visible) // self.tile_n)
+            # - 1: a row that sees the last key of a tile and none of the next has no maximum yet that could be presumed
+            unmasked = min(unmasked, max(0, first_visible - 1) // self.tile_n)
         return stop, unmasked
 
     def visible(self, row):

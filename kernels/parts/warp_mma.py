@@ -20,29 +20,30 @@ def again(acc: cute.Tensor, A: cute.Tensor, first_a, B: cute.Tensor, first_b):
     mma = cute.make_tiled_mma(warp.MmaF16BF16Op(B.element_type, Float32, (16, 8, 16)), permutation_mnk=(16, 16, 16))
     rA = cute.make_rmem_tensor(mma.get_slice(lane).partition_shape_A((16, 16)), A.element_type)
     rB = cute.make_rmem_tensor(mma.get_slice(lane).partition_shape_B((16, 16)), B.element_type)
-    # Operands of mma.sync: lane l has, of row l / 4 and of row l / 4 + 8, columns 2(l % 4) and the next, and the same 8 columns on
+    # Of mma.sync's operands lane l has, of rows l / 4 and l / 4 + 8, two pairs of columns. Which columns a sum over all of them
+    # doesn't care, if they are the same for A and B: so 8 bytes in a row.
     a_pairs, b_pairs = cute.recast_tensor(rA, Int32), cute.recast_tensor(rB, Int32)
     own_a = [address(A, min(first_a + lane // 4 + 8 * r, A.shape[0] - 1), lane) for r in range(2)]
     own_b, eight_rows = address(B, first_b + lane // 4, lane), Int64(B.stride[0]) * (8 * B.element_type.width // 8)
     wgmma.flat(acc).fill(0.0)
     for k in cutlass.range(cute.size(B, mode=[1]) // 16, unroll=1):
-        for i in cutlass.range_constexpr(4):
-            a_pairs[i] = load_from_l2(own_a[i % 2] + 32 * k + i // 2 * 16)
         at = own_b + 32 * k
+        for r in cutlass.range_constexpr(2):
+            a_pairs[r], a_pairs[2 + r] = load_from_l2(own_a[r] + 32 * k)
         for j in cutlass.range_constexpr(cute.size(acc) // 8):
-            for i in cutlass.range_constexpr(4):
-                b_pairs[i] = load_from_l2(at + i % 2 * 16)
-                if cutlass.const_expr(i % 2 == 1):
-                    at += eight_rows
+            for r in cutlass.range_constexpr(2):
+                b_pairs[2 * r], b_pairs[2 * r + 1] = load_from_l2(at)
+                at += eight_rows
             part = cute.make_tensor(acc.iterator + 8 * j, cute.make_layout(((2, 2), 1, 2), stride=((1, 2), 0, 4)))
             cute.gemm(mma, part, rA, rB, part)
 
 
 def address(tensor, row, lane):
-    """Of a row's first pair of elements for a lane."""
-    return tensor.iterator.toint() + (Int64(row) * tensor.stride[0] + 2 * (lane % 4)) * (tensor.element_type.width // 8)
+    """Of a row's first 8 bytes for a lane."""
+    return tensor.iterator.toint() + (Int64(row) * tensor.stride[0] + 4 * (lane % 4)) * (tensor.element_type.width // 8)
 
 
 def load_from_l2(address):
-    """Four bytes of global memory, past the L1 cache: a kernel that started before the one before it ended may have old lines there."""
-    return cute.arch.inline_ptx("ld.global.cg.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+    """8 bytes of global memory, past the L1 cache: a kernel that started before the one before it ended may have old lines there."""
+    load = "ld.global.cg.v2.b32 {{$w0}, {$w1}}, [{$r0}];"
+    return cute.arch.inline_ptx(load, write_only_types=[Int32] * 2, read_only_args=[address])

@@ -70,6 +70,7 @@ def test_what_is_accepted_fits_an_sm():
         (dict(presume=True, overlap=False), "presume .* needs overlap=True"),
         (dict(presume=True, late_release=True), "late_release .*presume=True and mask='none'"),
         (dict(extra_k_stages=3), "extra_k_stages must be one of .*, got 3"),
+        (dict(mask="causal", tile_m=192, extra_q_slots=1), "needs stages >= 3 for three warpgroups with a causal mask, got 2"),
         (dict(extra_k_stages=-1), "needs 2 stages of K and of V, got 1 and 2"),
         (dict(extra_k_stages=-1, stages=1, overlap=False), "extra_k_stages=-1 with stages=1"),
         (dict(extra_q_slots=1, pingpong=False), "extra_q_slots=1 .* needs pingpong=True"),

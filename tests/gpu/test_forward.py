@@ -28,6 +28,8 @@ dtypes = pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 head_dims = pytest.mark.parametrize("d", [64, 128, 256])
 masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 all_kernels = pytest.mark.usefixtures("kernels")
+# of scores: with steep ones maxima rise so far from tile to tile that presuming them fails, and S is computed again
+steepness = pytest.mark.parametrize("steep", [1, 400])
 
 
 @pytest.fixture(params=["large tiles", "middle tiles", "small tiles"])
@@ -204,21 +206,22 @@ def test_seventy_thousand_tiles(batch, heads, causal):
         assert not faults(piece[0], piece_lse, *piece[1:], causal)
 
 
-def check_corners(q, k, v, rows):
+def check_corners(q, k, v, rows, lse_tolerance=LSE_TOLERANCE):
     """Calls the kernel on tensors too large for a reference; checks the last rows of the first and last batch and head."""
     out, lse = call(q, k, v)
     for b in (0, -1):
         for h in (0, -1):
             batch, head, last = slice(b, b + 1 or None), slice(h, h + 1 or None), slice(-rows, None)
             args = q[batch, last, head], k[batch, :, head], v[batch, :, head]
-            found = faults(out[batch, last, head], lse[batch, head, last], *args)
+            found = faults(out[batch, last, head], lse[batch, head, last], *args, lse_tolerance=lse_tolerance)
             assert not found, f"batch {b}, head {h}: {found}"
 
 
-def test_keys_beyond_two_to_the_31_elements():
+@steepness
+def test_keys_beyond_two_to_the_31_elements(steep):
     q, k, v = inputs(2, 128, 2**17 + 64, 64, 64, 128)
     assert k.numel() > 2**31
-    check_corners(q, k, v, rows=16)
+    check_corners(q * steep, k, v, rows=16, lse_tolerance=2e-2)
 
 
 def test_queries_beyond_two_to_the_31_elements():
@@ -227,14 +230,15 @@ def test_queries_beyond_two_to_the_31_elements():
     check_corners(q, k, v, rows=500)
 
 
-def test_one_head_beyond_two_to_the_31_elements():
+@steepness
+def test_one_head_beyond_two_to_the_31_elements(steep):
     """The sequence stride alone takes the last key past 2³¹ elements."""
     storage = torch.empty(2**31 + 2**21, device="cuda", dtype=BF16)
     k = storage.as_strided((1, 2049, 1, 128), (0, 2**20, 128, 1))
     k.normal_()
     v = storage.as_strided((1, 2049, 1, 128), (0, 2**20, 128, 1), 128)
     v.normal_()
-    check(normal(1, 200, 2, 128), k, v)
+    check(normal(1, 200, 2, 128) * steep, k, v, lse_tolerance=2e-2)
 
 
 # Layouts.
@@ -288,12 +292,14 @@ LAYOUTS = [
 
 
 @head_dims
+@steepness
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_layout(layout, d):
+def test_layout(layout, steep, d):
     for causal in (False, True):
-        q, k, v = layout(3, 203, 4, d)
-        out, lse = check(q, k, v, causal=causal)
-        plain_out, plain_lse = call(q.contiguous(), k.contiguous(), v.contiguous(), causal=causal)
+        q, k, v = layout(3, 403, 4, d)
+        options = dict(causal=causal, softmax_scale=steep / math.sqrt(d))
+        out, lse = check(q, k, v, **options, lse_tolerance=2e-2)
+        plain_out, plain_lse = call(q.contiguous(), k.contiguous(), v.contiguous(), **options)
         assert same_bits(out, plain_out) and same_bits(lse, plain_lse)
 
 
