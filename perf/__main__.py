@@ -47,6 +47,9 @@ def parser():
     run.add_argument("--rounds", type=count, default=5, metavar="N", help="rounds at each point; default: 5")
     run.add_argument("--out", metavar="FILE", help="default: perf/results/DATE-SUITE-DIRECTION-GPU.json; nothing is overwritten")
     run.add_argument("--commit", metavar="HASH", help="the commit measured, where the tree was copied")
+    run.add_argument(
+        "--against", action="append", default=[], metavar="COMMIT", help="this project at another commit too, or a folder with its sources"
+    )
 
     show = commands.add_parser("show", help="print a result file's table")
     show.add_argument("file")
@@ -93,7 +96,7 @@ def dispatch(options):
     return runner.run(
         suite=options.suite,
         filters=filters,
-        providers=peers.providers(options.providers),
+        providers=[*peers.providers(options.providers), *map(peers.OtherCommit, options.against)],
         rounds=options.rounds,
         out=options.out,
         commit=options.commit,

@@ -7,6 +7,8 @@ a callable that runs one forward. To add one, write a class and put it into PROV
 import importlib
 import importlib.metadata
 import io
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +45,9 @@ class Provider:
 
     def version(self):
         raise NotImplementedError
+
+    def prepare(self):
+        """What takes long and can be done in parallel before the first `make`, such as compiling."""
 
     def make(self, point, tensors):
         """A callable without arguments that runs one forward and returns its output (or a tuple that starts with it).
@@ -100,28 +105,40 @@ class ThisProject(Package):
 
 
 class OtherCommit(Package):
-    """This project at another commit, as a package beside itself (its kernels get a cache key of their own)."""
+    """This project at another commit, or as it lies in another folder, as a package beside itself.
+
+    Its kernels get cache keys of their own. A folder is for where the history isn't: it has what `git archive` gives.
+    """
 
     def __init__(self, commit):
-        super().__init__(f"fa3 at {commit}", f"fa3_{commit}", "fa3", "")
+        name = Path(commit).name
+        super().__init__(f"fa3 at {name}", "fa3_" + re.sub(r"\W", "_", name), "fa3", "")
         self.commit = commit
         self.directory = tempfile.TemporaryDirectory(prefix="fa3-at-")
 
     def available(self):
         if self.module not in sys.modules:
-            try:
-                archive = subprocess.run(["git", "-C", ROOT, "archive", self.commit, "fa3", "kernels"], capture_output=True)
-            except OSError as error:
-                return reason(error)
-            if archive.returncode:
-                return archive.stderr.decode().strip() or "git archive failed"
-            with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-                tar.extractall(self.directory.name, filter="data")
-            package(Path(self.directory.name), self.directory.name, self.module)
+            root = Path(self.commit)
+            if not root.is_dir():
+                try:
+                    archive = subprocess.run(["git", "-C", ROOT, "archive", self.commit, "fa3", "kernels"], capture_output=True)
+                except OSError as error:
+                    return reason(error)
+                if archive.returncode:
+                    return archive.stderr.decode().strip() or "git archive failed"
+                root = Path(self.directory.name)
+                with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+                    tar.extractall(root, filter="data")
+            package(root, self.directory.name, self.module)
         return super().available()
 
     def version(self):
         return f"commit {self.commit}"
+
+    def prepare(self):
+        paths = [self.directory.name, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        subprocess.run([sys.executable, "-W", "ignore", "-m", self.module, "compile"], env=environment, stdout=subprocess.DEVNULL)
 
 
 def package(root, directory, name):

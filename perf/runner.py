@@ -35,6 +35,8 @@ def run(*, suite, filters, providers, rounds, out=None, commit=None, console):
         plain(console, f"left out: {left['provider']}: {left['reason']}")
     if not present:
         raise PerfError("none of the requested providers can be measured here")
+    for provider in present:
+        provider.prepare()
     path = results.claim(out if out is not None else results.default_path(header))
     with torch.no_grad():
         Bench(header, path, present, timing.CudaDevice(), console).measure(points)

@@ -115,7 +115,7 @@ def main():
     parser.add_argument("--seqlens", help="of the suite's, comma-separated; default: all")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--providers", default="fa4", help="peers beside the variants; default: %(default)s")
-    parser.add_argument("--against", metavar="HASH", help="also measure what this commit would run")
+    parser.add_argument("--against", metavar="COMMIT", help="this project at another commit too, or a folder with its sources")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--commit", metavar="HASH", help="the commit measured, where the tree was copied")
     parser.add_argument("--out", help="default: perf/results/DATE-sweep-fwd-GPU.json")
@@ -137,6 +137,8 @@ def main():
     for name, why in missing:
         plain(console, f"left out: {name}: {why}")
     others = [provider for provider in others if provider.name not in dict(missing)]
+    for provider in others:
+        provider.prepare()
     seqlens = [int(s) for s in args.seqlens.split(",")] if args.seqlens else None
     points = {
         (d, causal): suites.select(args.suite, head_dims=[d], causal=causal, seqlens=seqlens, dtypes=[args.dtype])

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -795,3 +796,11 @@ def test_another_commit_is_a_package_beside_this_one():
     q = torch.randn(1, 5, 1, 64, dtype=torch.bfloat16)
     assert module.flash_attn_func(q, q, q).shape == q.shape
     assert "nothing" in peers.OtherCommit("nothing").available()  # git's own words
+
+
+def test_another_folder_is_a_package_beside_this_one(tmp_path):
+    for name in ("fa3", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / "an-older.tree" / name)
+    other = peers.OtherCommit(str(tmp_path / "an-older.tree"))
+    assert other.available() is None and other.name == "fa3 at an-older.tree"
+    assert sys.modules["fa3_an_older_tree"].flash_attn_func is not importlib.import_module("fa3").flash_attn_func
