@@ -17,7 +17,7 @@ FORWARD = {
     (256, "causal"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
 }
 # head_dim -> (rate, row): the same with fewer queries a tile, for problems that haven't got enough of the others for all SMs.
-# rate: of an SM, as a share of what it reaches with FORWARD's.
+# rate: of an SM, as a share of what it reaches with FORWARD's (perf/results/2026-11-22-few-tiles-fwd-h200.json).
 FORWARD_SMALLER = {
     64: (
         (0.87, dict(tile_m=128, tile_n=192, stages=3, extra_q_slots=2, presume=True)),
@@ -73,7 +73,9 @@ def rows(head_dim, mask):
 def chosen_row(problem, device):
     """Which of `rows`: the one that is done first. sm_margin has no say in it: it changes no bit of the output."""
     choices = rows(problem.head_dim, "causal" if problem.causal else "none")
-    times = [time_taken(problem, row["tile_m"], row["tile_n"], device.sms) / rate for rate, row in choices]
+    default = ForwardConfig.tile_m, ForwardConfig.tile_n  # a row need not name them
+    tiles = [(row.get("tile_m", default[0]), row.get("tile_n", default[1])) for _, row in choices]
+    times = [time_taken(problem, *tile, device.sms) / rate for tile, (rate, _) in zip(tiles, choices)]
     return times.index(min(times))
 
 
@@ -101,13 +103,9 @@ def keys_seen(problem):
     return diagonal * (problem.seqlen_k - diagonal / 2) / problem.seqlen_q
 
 
-def tiles_of(problem, tile_m):
-    return -(-problem.seqlen_q // tile_m) * problem.heads * problem.batch
-
-
 def planned(config, problem, device):
     """The plan of a forward call whose config is chosen already."""
-    tiles = tiles_of(problem, config.tile_m)
+    tiles = -(-problem.seqlen_q // config.tile_m) * problem.heads * problem.batch
     if tiles >= 2**31:
         raise ValueError(f"q has {tiles} tiles of {config.tile_m} queries; at most {2**31 - 1} can be launched")
     return Plan(

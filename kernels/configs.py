@@ -115,9 +115,12 @@ class ForwardConfig:
         if 0 < self.extra_q_slots < self.consumer_warpgroups and not self.pingpong:
             # a place then serves one warpgroup after another, and one that is a round ahead would take a full place for its own
             raise ConfigError(f"extra_q_slots={self.extra_q_slots} of tile_m/64 = {self.consumer_warpgroups} needs pingpong=True")
-        if self.mask == "causal" and self.overlap and self.pingpong and self.consumer_warpgroups == 3 and self.o_borrows_v and self.stages < 3:
+        three_take_turns = self.pingpong and self.consumer_warpgroups == 3
+        if self.mask == "causal" and self.overlap and three_take_turns and self.o_borrows_v and self.stages < 3:
             # one warpgroup, idle in a tile, waits for V in the place that another holds until it gets the first one's turn
-            raise ConfigError(f"{self} lends a stage of V to O and needs stages >= 3 for three warpgroups with a causal mask, got {self.stages}")
+            raise ConfigError(
+                f"{self} lends a stage of V to O and needs stages >= 3 for three warpgroups with a causal mask, got {self.stages}"
+            )
         if self.pingpong and self.consumer_warpgroups < 2:
             raise ConfigError(f"pingpong needs two consumer warpgroups, got tile_m={self.tile_m} (one)")
         if self.shared_memory > SHARED_MEMORY_LIMIT:

@@ -534,7 +534,7 @@ class ForwardKernel:
             Q = t.queries[None, None, head, batch]
             K = t.keys[None, None, head // t.queries_per_kv, batch]
             first_row = (block + t.index) * ROWS + t.thread // WARP * WARP_ROWS
-            warp_mma.again(t.S, Q, first_row, K, n * self.config.tile_n)
+            warp_mma.gemm(t.S, Q, first_row, K, n * self.config.tile_n)
             t.softmax.step(t.S)
             t.softmax.rescale(t.O)
             round_into(t.P, t.S)

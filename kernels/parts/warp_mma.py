@@ -9,8 +9,8 @@ from . import wgmma
 
 
 @cute.jit
-def again(acc: cute.Tensor, A: cute.Tensor, first_a, B: cute.Tensor, first_b):
-    """This warp's 16 rows of acc = A Bᵀ, computed as before by a WGMMA: acc is that one's fragment.
+def gemm(acc: cute.Tensor, A: cute.Tensor, first_a, B: cute.Tensor, first_b):
+    """This warp's 16 rows of what a WGMMA computes, acc = A Bᵀ: acc is that one's fragment.
 
     A, B: (rows, k) in global memory, of which A's 16 rows from first_a on are multiplied, its last one in place of those past
     the end, and B's from first_b on, as many as acc has columns. An accumulator of mma.sync lies as 16 rows of a WGMMA's do.

@@ -104,6 +104,12 @@ def test_tiles_of_a_causal_problem_fill_up_with_shorter_ones():
     assert plan_forward(replace(p, causal=True), DEVICE).config.tile_m == 64  # half the time of the longest of 128
 
 
+def test_a_row_may_leave_the_tile_to_the_defaults(monkeypatch):
+    monkeypatch.setitem(FORWARD, (128, "causal"), {})
+    config = plan_forward(problem(causal=True), DEVICE).config
+    assert config == ForwardConfig(mask="causal", lse=False)
+
+
 def test_a_smaller_gpu_takes_larger_tiles():
     p = problem((1, 512, 512, 16, 16))  # 128 tiles of 64
     assert plan_forward(p, replace(DEVICE, sms=132)).config.tile_m == 64
