@@ -7,13 +7,13 @@ from .kernels.configs import DTYPE_BYTES, ForwardConfig
 from .problem import Problem
 
 # (head_dim, mask) -> what differs from ForwardConfig's defaults. Chosen by the sweeps of perf/NOTES.md: d 64 and 128 by
-# perf/results/2026-11-22-presume-fwd-h200.json, d 256 by 2026-11-22-branches-fwd-h200.json and 2026-11-22-sweep-fwd-h200-3.json.
+# perf/results/2026-11-22-presume-fwd-h200.json, d 256 by 2026-11-23-sweep-fwd-h200.json and -2.json.
 FORWARD = {
     (64, "none"): dict(tile_m=192, tile_n=128, stages=3, extra_q_slots=3, presume=True),
     (64, "causal"): dict(tile_m=192, tile_n=128, stages=3, extra_q_slots=3, presume=True),
     (128, "none"): dict(tile_m=128, tile_n=128, extra_k_stages=1, q_in_registers=True, presume=True),
     (128, "causal"): dict(tile_m=128, tile_n=128, extra_k_stages=1, q_in_registers=True, presume=True),
-    (256, "none"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
+    (256, "none"): dict(tile_m=128, tile_n=64, extra_q_slots=1, presume=True),
     (256, "causal"): dict(tile_m=128, tile_n=64, extra_q_slots=1, late_release=True),
 }
 # head_dim -> (rate, row): the same with fewer queries a tile, for problems that haven't got enough of the others for all SMs.
