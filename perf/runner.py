@@ -14,6 +14,7 @@ from perf.peers import reason
 from perf.timing import Runnable
 
 HOPPER = (9, 0)
+GEMM = "gemm"  # its name among the providers of a point
 HOST_CHUNKS = 20  # of timing.CALLS_PER_CHUNK calls, for each provider
 # Two right bf16 forwards differ by about 3e-3; another mask, scale or an unwritten tile by far more
 AGREEMENT = 2e-2
@@ -103,15 +104,13 @@ class Bench:
         self.rounds = data["protocol"]["rounds"]
         self.rng = random.Random(data["protocol"]["seed"])
         self.told = set()  # (provider, reason) already printed
+        self.gemm = None
 
     def measure(self, points):
         """Measures every point. Whatever stops it, what was measured before is in the file."""
         measure_point = self.host_and_graph if self.data["suite"] == "host" else self.kernel
         try:
-            gemm = None if self.data["suite"] == "host" else Gemm(self.device, math.ceil(self.rounds / len(points)))
             for point in progress(points, self.console):
-                if gemm is not None:
-                    self.data["gemm"] = gemm.measure()
                 measure_point(point)
                 self.device.release()
                 results.write(self.path, self.data)
@@ -122,8 +121,13 @@ class Bench:
             results.write(self.path, self.data)
 
     def kernel(self, point):
+        if self.gemm is None:
+            self.gemm = Gemm(self.device)
         runnables, entries = self.prepare(point)
-        timed = timing.gpu_times(runnables, self.device, self.rounds, self.rng, self.failed_at(point))
+        with_gemm = {GEMM: self.gemm.runnable, **runnables}
+        timed = timing.gpu_times(with_gemm, self.device, self.rounds, self.rng, self.failed_at(point))
+        if GEMM in timed:
+            self.data["gemm"] = self.gemm.take_in(*timed.pop(GEMM))
         self.keep("kernel", point, timed, entries, point.flops())
 
     def host_and_graph(self, point):
@@ -208,22 +212,21 @@ class Bench:
 
 
 class Gemm:
-    """The run's GEMM rate: some bursts before every point, so that it meets the same clocks as the points do."""
+    """The run's GEMM rate. It takes turns with the providers at every point, so that it meets their clocks and temperatures:
+    before a point, when the GPU has been idle for as long as its tensors take, a GEMM runs up to a tenth faster.
+    """
 
-    def __init__(self, device, bursts):
-        self.device = device
-        self.bursts = bursts
+    def __init__(self, device):
         self.runnable = Runnable(device.gemm(), nullcontext)
-        self.turn = timing.plan_turn(self.runnable, device)
         self.samples = []
 
-    def measure(self):
-        for _ in range(self.bursts):
-            self.samples.append(self.device.burst(self.runnable.call, *self.turn).gpu_ms / self.turn.launches)
+    def take_in(self, samples, launches):
+        """The measurement of all points so far."""
+        self.samples += samples
         return {
             "size": timing.GEMM_SIZE,
             "dtype": "bf16",
-            **results.measurement(self.samples, self.turn.launches, 2 * timing.GEMM_SIZE**3),
+            **results.measurement(self.samples, launches, 2 * timing.GEMM_SIZE**3),
         }
 
 
