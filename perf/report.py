@@ -102,7 +102,7 @@ def bars(axes, rows, styles, data, inches):
                 fontsize=max(label_size, 5.5), fontweight="bold" if ours else "normal", zorder=4,
             )  # fmt: skip
     highest = max(entry["tflops"] for _, measured in rows for entry in measured.values())
-    gemm = data["gemm"]
+    gemm = data.get(results.gemm_key(rows[0][0].dtype))
     if gemm is not None:
         label = f"{gemm['dtype']} GEMM {gemm['size']}³, {gemm['tflops']:.0f}"
         axes.axhline(gemm["tflops"], color="#555555", linestyle=":", linewidth=1, zorder=1, label=label)

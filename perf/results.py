@@ -7,7 +7,7 @@
     source      commit, dirty (of the checkout, perf/results apart), fingerprint (of kernels/ and fa3/)
     protocol    rounds, burst_ms, ... as perf.timing has them, and the seed
     left_out    [{provider, point (a label, or null for the whole run), reason}]
-    gemm        a measurement of the bf16 GEMM 8192^3, or null
+    gemm        a measurement of the bf16 GEMM 8192^3, or null; gemm_fp16, where points are fp16, of that one
     records     [{measure: "kernel" | "host" | "graph", point: {Point's fields}, flops, tensor_bytes,
                   results: {provider: measurement}}]
 
@@ -29,7 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from perf import PerfError
-from perf.suites import Point
+from perf.suites import ELEMENT_BYTES, Point
 
 SCHEMA = "fa3-perf/1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,8 +204,9 @@ def check(data):
         if not isinstance(data[key], dict):
             raise ValueError(f"{key} must be an object")
     data["machine"]["gpu"]
-    if data["gemm"] is not None:
-        check_measurement("gemm", data["gemm"])
+    for key in map(gemm_key, ELEMENT_BYTES):
+        if data.get(key) is not None:
+            check_measurement(key, data[key])
     seen = set()
     for number, entry in enumerate(data["records"]):
         problem = (entry["measure"], point_of(entry))
@@ -218,6 +219,11 @@ def check(data):
             check_measurement(f"records[{number}].results[{provider!r}]", measured)
             if entry["measure"] == "kernel":
                 check_positive(f"records[{number}].results[{provider!r}].tflops", measured["tflops"])
+
+
+def gemm_key(dtype):
+    """Where a run has the rate of the GEMM of a dtype, if it was measured."""
+    return "gemm" if dtype == "bf16" else f"gemm_{dtype}"
 
 
 def check_measurement(where, measured):

@@ -104,7 +104,7 @@ class Bench:
         self.rounds = data["protocol"]["rounds"]
         self.rng = random.Random(data["protocol"]["seed"])
         self.told = set()  # (provider, reason) already printed
-        self.gemm = None
+        self.gemms = {}  # dtype: Gemm
 
     def measure(self, points):
         """Measures every point. Whatever stops it, what was measured before is in the file."""
@@ -121,13 +121,12 @@ class Bench:
             results.write(self.path, self.data)
 
     def kernel(self, point):
-        if self.gemm is None:
-            self.gemm = Gemm(self.device)
+        gemm = self.gemms.get(point.dtype) or self.gemms.setdefault(point.dtype, Gemm(self.device, point.dtype))
         runnables, entries = self.prepare(point)
-        with_gemm = {GEMM: self.gemm.runnable, **runnables}
+        with_gemm = {GEMM: gemm.runnable, **runnables}
         timed = timing.gpu_times(with_gemm, self.device, self.rounds, self.rng, self.failed_at(point))
         if GEMM in timed:
-            self.data["gemm"] = self.gemm.take_in(*timed.pop(GEMM))
+            self.data[results.gemm_key(point.dtype)] = gemm.take_in(*timed.pop(GEMM))
         self.keep("kernel", point, timed, entries, point.flops())
 
     def host_and_graph(self, point):
@@ -216,8 +215,9 @@ class Gemm:
     before a point, when the GPU has been idle for as long as its tensors take, a GEMM runs up to a tenth faster.
     """
 
-    def __init__(self, device):
-        self.runnable = Runnable(device.gemm(), nullcontext)
+    def __init__(self, device, dtype):
+        self.dtype = dtype
+        self.runnable = Runnable(device.gemm(dtype), nullcontext)
         self.samples = []
 
     def take_in(self, samples, launches):
@@ -225,7 +225,7 @@ class Gemm:
         self.samples += samples
         return {
             "size": timing.GEMM_SIZE,
-            "dtype": "bf16",
+            "dtype": self.dtype,
             **results.measurement(self.samples, launches, 2 * timing.GEMM_SIZE**3),
         }
 

@@ -113,7 +113,7 @@ class Sheet:
             row = [point.dtype] if several_dtypes else []
             row += [str(point.head_dim), point.mask_label(), str(point.batch), point.seqlen_label(), point.heads_label()]
             row += [self.speed(measured.get(name)) for name in self.providers]
-            row += [self.verdict(found, measured) if name == "mark" else number(found.get(name)) for name in self.ratios]
+            row += [self.verdict(point, found, measured) if name == "mark" else number(found.get(name)) for name in self.ratios]
             table.add_row(*row)
         return table
 
@@ -123,10 +123,10 @@ class Sheet:
         text = f"{entry['tflops']:.0f}" if self.measure == "kernel" else f"{entry['median_ms'] * 1e3:.1f}"
         return text + ("!" if "differs" in entry else "")
 
-    def verdict(self, found, measured):
+    def verdict(self, point, found, measured):
         if "mark" not in found:
             return "-"
-        gemm = self.data["gemm"]
+        gemm = self.data.get(results.gemm_key(point.dtype))
         if found["mark"] >= MARK:
             word = "ok"
         elif gemm is not None and measured[OURS]["tflops"] >= gemm["tflops"]:
@@ -161,9 +161,10 @@ class Sheet:
             largest, name, point = max(spreads, key=lambda entry: entry[0])
             median = statistics.median(entry[0] for entry in spreads)
             lines.append(f"spread over the rounds: median {median:.1%}, largest {largest:.1%} ({name} at {point.label()})")
-        if self.measure == "kernel" and self.data["gemm"] is not None:
-            gemm = self.data["gemm"]
-            lines.append(f"{gemm['dtype']} GEMM {gemm['size']}^3 in this run: {gemm['tflops']:.0f} TFLOP/s (spread {gemm['spread']:.1%})")
+        for dtype in suites.ELEMENT_BYTES:
+            gemm = self.data.get(results.gemm_key(dtype))
+            if gemm is not None and self.measure == "kernel":
+                lines.append(f"{dtype} GEMM {gemm['size']}^3 in this run: {gemm['tflops']:.0f} TFLOP/s (spread {gemm['spread']:.1%})")
         for point, measured, _ in self.rows:
             for name, entry in measured.items():
                 if "differs" in entry:

@@ -4,7 +4,7 @@ Protocol. Every provider runs on the same tensors, fresh from a normal distribut
 providers run one after the other in a random order; a turn is a short warm-up and then a burst of launches between two
 CUDA events, as many as fill BURST_MS. A sample is the burst's time over its launches; what is reported is the median
 over the rounds, with the spread (largest - smallest) / median.
-So every provider meets the same clock and temperature, which on a power-limited chip decide the rate.
+So every provider meets the same clock and temperature, which on a power-limited chip decide the rate. A GEMM takes turns too.
 
 L2 isn't flushed between launches: at the paper's sizes q, k, v and the output are 268 MB, several times the L2
 (60 MB on an H200). Where a point's tensors do fit (its `tensor_bytes` are in the results), all providers run L2-warm.
@@ -66,10 +66,10 @@ class CudaDevice:
         k_shape = (point.seqlen_k, point.heads_kv)
         return Tensors(normal(point.seqlen_q, point.heads), normal(*k_shape), normal(*k_shape))
 
-    def gemm(self):
-        """A bf16 GEMM, the machine's own measure of what its tensor cores give in this run."""
+    def gemm(self, dtype):
+        """A GEMM, the machine's own measure of what its tensor cores give in this run."""
         shape = (GEMM_SIZE, GEMM_SIZE)
-        a, b = (self.torch.randn(shape, device="cuda", dtype=self.torch.bfloat16) for _ in range(2))
+        a, b = (self.torch.randn(shape, device="cuda", dtype=self.dtypes[dtype]) for _ in range(2))
         out = self.torch.empty_like(a)
         return lambda: self.torch.matmul(a, b, out=out)
 

@@ -138,8 +138,8 @@ class FakeDevice:
     def tensors(self, point):
         return ("q", "k", "v")
 
-    def gemm(self):
-        return Call(1.5)
+    def gemm(self, dtype):
+        return Call({"bf16": 1.5, "fp16": 1.6}[dtype])
 
     def burst(self, call, launches, warmup=0, head_start_ms=0.0):
         for _ in range(warmup + launches):
@@ -300,6 +300,17 @@ def test_who_fails_takes_no_further_turn():
     assert calls == {"a": 5, "b": 3} and failures == [("b", "broke")]
 
 
+def test_fp16_points_meet_an_fp16_gemm(tmp_path):
+    points = [SQUARE, dataclasses.replace(SQUARE, dtype="fp16")]
+    data, _ = bench(tmp_path, [Fake("fa3", lambda p: Call(0.5)), Fake("cudnn", lambda p: Call(1.0))], points=points)
+    for key, dtype, gpu_ms in (("gemm", "bf16", 1.5), ("gemm_fp16", "fp16", 1.6)):
+        assert data[key]["dtype"] == dtype and data[key]["median_ms"] == pytest.approx(gpu_ms)
+        assert f"{dtype} GEMM 8192^3 in this run: {data[key]['tflops']:.0f} TFLOP/s" in shown(data)
+    data["gemm_fp16"]["median_ms"] = 0
+    with pytest.raises(ValueError, match="gemm_fp16.median_ms must be a positive number"):
+        results.check(data)
+
+
 def test_a_run_measures_what_the_clock_says(tmp_path):
     device = FakeDevice(jitter=0.02)
     providers = [Fake("fa3", lambda p: Call(0.5), config="tile 128x176"), Fake("cudnn", lambda p: Call(1.0))]
@@ -320,6 +331,7 @@ def test_a_run_measures_what_the_clock_says(tmp_path):
     assert len(data["gemm"]["samples_ms"]) == 2 * 5
     timed = [call.gpu_ms for call, _, warmup, _ in device.bursts if warmup]
     assert sorted(timed[:3]) == [0.5, 1.0, 1.5] and timed[:15] != 5 * timed[:3]  # it takes turns with the providers, in no fixed order
+    assert "gemm_fp16" not in data
     fa3 = [launches for call, launches, warmup, _ in device.bursts if call.gpu_ms == 0.5 and warmup]
     assert len(fa3) == 10 and all(launches * 0.5 == pytest.approx(25, rel=0.03) for launches in fa3)
     assert "2/2 points" in printed
