@@ -43,8 +43,8 @@ class Consumer:
     q_ring: pipeline.PipelineTmaAsync
     k_ring: pipeline.PipelineTmaAsync
     v_ring: pipeline.PipelineTmaAsync
-    queries: cute.Tensor  # Q and K in global memory, (seqlen, head_dim, heads, batch)
-    keys: cute.Tensor
+    mQ: cute.Tensor  # Q and K in global memory, (seqlen, head_dim, heads, batch)
+    mK: cute.Tensor
     queries_per_kv: Divisor
     qk: Constexpr  # the WGMMA operation of S = Q Kᵀ
     pv: Constexpr  # and of O = P V
@@ -85,7 +85,7 @@ class ForwardKernel:
         q_layout = tiles.smem_layout(self.dtype, ROWS, c.head_dim, c.q_slots)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.k_stages)
         v_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
-        queries, keys = Q, K
+        mQ, mK = Q, K
         load_q, Q = tiles.tma_load(Q, q_layout, ROWS, c.head_dim)
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
@@ -97,7 +97,7 @@ class ForwardKernel:
         copies, layouts = (load_q, load_k, load_v, store_o), (q_layout, k_layout, v_layout, o_layout)
         scale_log2 = softmax_scale * Float32(LOG2_E)
         queries_per_kv = Divisor(Q.shape[2] // K.shape[2])
-        self.kernel(copies, Q, K, V, O, LSE, queries, keys, scale_log2, tile_list, queries_per_kv, leaves_sms, counter, layouts).launch(
+        self.kernel(copies, Q, K, V, O, LSE, mQ, mK, scale_log2, tile_list, queries_per_kv, leaves_sms, counter, layouts).launch(
             grid=[grid, 1, 1],
             block=[c.threads, 1, 1],
             smem=c.shared_memory,
@@ -132,8 +132,8 @@ class ForwardKernel:
         V: cute.Tensor,
         O: cute.Tensor,
         LSE: cute.Tensor | None,
-        queries: cute.Tensor,  # Q and K, not as TMA sees them
-        keys: cute.Tensor,
+        mQ: cute.Tensor,  # Q and K, not as TMA sees them
+        mK: cute.Tensor,
         scale_log2: Float32,
         tile_list: TileList,
         queries_per_kv: Divisor,
@@ -177,7 +177,7 @@ class ForwardKernel:
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, counter)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, seqlen_q, seqlen_k)
         loads = (q_ring, k_ring, v_ring), copies[:3], (Q, K, V), (sQ, sK, sV)
-        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, queries, keys, queries_per_kv, output, LSE
+        work = schedule, mask, scale_log2, thread % WARPGROUP, loads, mQ, mK, queries_per_kv, output, LSE
         if cutlass.const_expr(not c.warp_specialised):
             cute.arch.griddepcontrol_wait()
             self.consume(warpgroup_index, *work)
@@ -207,13 +207,13 @@ class ForwardKernel:
         block, head, batch = schedule.tiles.tile(position)
         first = TmaSource.of_head(ring, copy, Q, sQ, head, batch)
         for w in cutlass.range_constexpr(c.consumer_warpgroups):
-            first.announce(block + w)
+            first.prefetch(block + w)
         self.await_inputs()
         while position < schedule.tiles.length:
             source = TmaSource.of_head(ring, copy, Q, sQ, head, batch)
             if cutlass.const_expr(c.q_waits):
                 for w in cutlass.range_constexpr(c.consumer_warpgroups):
-                    source.announce(block + w)
+                    source.prefetch(block + w)
             for w in cutlass.range_constexpr(c.consumer_warpgroups):
                 q_at = source.bring(block + w, q_at)
             position, (block, head, batch), s_at = schedule.hear(position, s_at)
@@ -229,7 +229,7 @@ class ForwardKernel:
         k_at, s_at = barriers.producing(c.k_stages), barriers.producing(SCHEDULE_STAGES)
         position, ticket = schedule.first(), Int32(0)
         block, head, batch = schedule.tiles.tile(position)
-        self.announce_first(mask, TmaSource.of_head(ring, copy, K, sK, head // queries_per_kv, batch), block, c.k_stages)
+        self.prefetch_first(mask, TmaSource.of_head(ring, copy, K, sK, head // queries_per_kv, batch), block, c.k_stages)
         self.await_inputs()
         while position < schedule.tiles.length:
             n_stop, _ = mask.key_tiles(block * ROWS, c.tile_m)
@@ -254,7 +254,7 @@ class ForwardKernel:
         v_at, s_at = barriers.producing(c.stages), barriers.consuming(SCHEDULE_STAGES)
         position = schedule.first()
         block, head, batch = schedule.tiles.tile(position)
-        self.announce_first(mask, TmaSource.of_head(ring, copy, V, sV, head // queries_per_kv, batch), block, c.stages)
+        self.prefetch_first(mask, TmaSource.of_head(ring, copy, V, sV, head // queries_per_kv, batch), block, c.stages)
         self.await_inputs()
         while position < schedule.tiles.length:
             v_at = self.lend_v(ring, v_at)  # the first is let pass
@@ -267,17 +267,17 @@ class ForwardKernel:
         ring.producer_tail(v_at)
 
     @cute.jit
-    def announce_first(self, mask, source, block, stages: Constexpr[int]):
+    def prefetch_first(self, mask, source, block, stages: Constexpr[int]):
         """Has what fills the ring first fetched into the L2 cache."""
         n_stop, _ = mask.key_tiles(block * ROWS, self.config.tile_m)
         for step in cutlass.range(min(n_stop, stages), unroll=1):
-            source.announce(n_stop - 1 - step)
+            source.prefetch(n_stop - 1 - step)
 
     def await_inputs(self):
         """Waits for the end of the kernel before. Nobody touches memory before the producers have loaded from it.
 
-        What is announced before may be written yet. That relies on the L2 cache being where all SMs' writes meet: what it
-        fetched follows them. And it idles while a kernel ends.
+        What was prefetched may still be written by that kernel: the L2 cache is where all SMs' writes meet, so what it holds
+        follows them.
         """
         cute.arch.griddepcontrol_wait()
 
@@ -285,7 +285,7 @@ class ForwardKernel:
         """A stage of V for the consumers to write O to, if they have no other place."""
         return barriers.lend(ring, v_at) if self.config.o_borrows_v else v_at
 
-    def consumer(self, index, thread, mask, scale_log2, loads, queries, keys, queries_per_kv):
+    def consumer(self, index, thread, mask, scale_log2, loads, mQ, mK, queries_per_kv):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
         rings, _, _, (sQ, sK, sV) = loads
@@ -304,8 +304,8 @@ class ForwardKernel:
             OnlineSoftmax.start(c.rescale_from, HIGHEST_P[c.dtype], scale_log2),
             Feeder(not c.warp_specialised, feeds, *loads),
             *rings,
-            queries,
-            keys,
+            mQ,
+            mK,
             queries_per_kv,
             qk_op,
             pv_op,
@@ -319,13 +319,13 @@ class ForwardKernel:
         )
 
     @cute.jit
-    def consume(self, index, schedule, mask, scale_log2, thread, loads, queries, keys, queries_per_kv, output, LSE):
+    def consume(self, index, schedule, mask, scale_log2, thread, loads, mQ, mK, queries_per_kv, output, LSE):
         """One warpgroup: for each tile of the schedule, its 64 rows of O and of LSE.
 
         With overlap, tiles follow each other as steps do: one's last O and the next one's first S are in flight together.
         """
         c = self.config
-        t = self.consumer(index, thread, mask, scale_log2, loads, queries, keys, queries_per_kv)
+        t = self.consumer(index, thread, mask, scale_log2, loads, mQ, mK, queries_per_kv)
         q_at = barriers.consuming(c.q_slots, t.index)
         k_at, v_at, s_at = barriers.consuming(c.k_stages), barriers.consuming(c.stages), barriers.consuming(SCHEDULE_STAGES)
         t.turns.begin()
@@ -531,8 +531,8 @@ class ForwardKernel:
         if cute.arch.vote_all_sync(holds):
             t.softmax.take_in(l_tile)
         else:
-            Q = t.queries[None, None, head, batch]
-            K = t.keys[None, None, head // t.queries_per_kv, batch]
+            Q = t.mQ[None, None, head, batch]
+            K = t.mK[None, None, head // t.queries_per_kv, batch]
             first_row = (block + t.index) * ROWS + t.thread // WARP * WARP_ROWS
             warp_mma.gemm(t.S, Q, first_row, K, n * self.config.tile_n)
             t.softmax.step(t.S)

@@ -121,7 +121,9 @@ class Bench:
             results.write(self.path, self.data)
 
     def kernel(self, point):
-        gemm = self.gemms.get(point.dtype) or self.gemms.setdefault(point.dtype, Gemm(self.device, point.dtype))
+        if point.dtype not in self.gemms:
+            self.gemms[point.dtype] = Gemm(self.device, point.dtype)
+        gemm = self.gemms[point.dtype]
         runnables, entries = self.prepare(point)
         with_gemm = {GEMM: gemm.runnable, **runnables}
         timed = timing.gpu_times(with_gemm, self.device, self.rounds, self.rng, self.failed_at(point))

@@ -68,8 +68,8 @@ def stamped(source):
     for before, after in (
         ("@dataclass(frozen=True)\nclass Consumer:", STAMP.replace("KEPT", str(KEPT)) + "@dataclass(frozen=True)\nclass Consumer:"),
         ("    O: cute.Tensor\n\n\nclass", "    O: cute.Tensor\n    stamps: Int64\n    stamped: cute.Tensor\n\n\nclass"),
-        ("loads, queries, keys, queries_per_kv):", "loads, queries, keys, queries_per_kv, LSE):"),
-        ("loads, queries, keys, queries_per_kv)\n", "loads, queries, keys, queries_per_kv, LSE)\n        t.stamped[0] = Int32(0)\n"),
+        ("loads, mQ, mK, queries_per_kv):", "loads, mQ, mK, queries_per_kv, LSE):"),
+        ("loads, mQ, mK, queries_per_kv)\n", "loads, mQ, mK, queries_per_kv, LSE)\n        t.stamped[0] = Int32(0)\n"),
         (
             "(ROWS, c.head_dim)), Float32),\n",
             "(ROWS, c.head_dim)), Float32),\n"

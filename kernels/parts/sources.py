@@ -32,7 +32,7 @@ class TmaSource:
         return at
 
     @cute.jit
-    def announce(self, n):
+    def prefetch(self, n):
         """Has tile n fetched into the L2 cache."""
         cute.prefetch(self.atom, self.tiles[None, n])
 
