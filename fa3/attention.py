@@ -1,15 +1,19 @@
 """flash_attn_func and flash_attn_qkvpacked_func: validate, plan, compile or fetch, launch."""
 
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 from torch.autograd import forward_ad
 
-from . import jit, reference
-from .plan import Device, plan_forward
-from .problem import Problem, check_address, refuse_grad
+from . import reference
+from .autograd import Differentiable
+from .launch import BackwardLaunch, Launch, device_of, restrided
+from .plan import plan_backward, plan_forward
+from .problem import Problem, check_arguments, refuse_tangent, unpack
 
 CALLS_REMEMBERED = 4096  # distinct (shapes, strides, options) whose validation and plan are kept
+OPERATORS = getattr(torch.ops, __package__)  # which ops.py defines
 
 
 def flash_attn_func(
@@ -60,48 +64,9 @@ def flash_attn_func(
         softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits,
         pack_gqa, deterministic, sm_margin, return_attn_probs,
     )  # fmt: skip
-    try:
-        key = (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            q.device, k.device, v.device, q.is_neg() or k.is_neg() or v.is_neg(), options, *map(type, options),
-        )  # fmt: skip
-        call = CALLS.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # no strided tensors, or unhashable: the validation says which
-        key = call = None
-    if call is None or carry_derivatives(q, k, v):
-        problem = Problem.of(
-            q,
-            k,
-            v,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            sm_margin=sm_margin,
-            lse=return_attn_probs,
-            unsupported={
-                "qv": (qv, [None]),
-                "q_descale": (q_descale, [None]),
-                "k_descale": (k_descale, [None]),
-                "v_descale": (v_descale, [None]),
-                "window_size": (tuple(window_size) if isinstance(window_size, list) else window_size, [(-1, -1)]),
-                "attention_chunk": (attention_chunk, [0]),
-                "softcap": (softcap, [0.0, 0]),
-                "num_splits": (num_splits, [1, 0]),
-                "pack_gqa": (pack_gqa, [None, False]),
-                "deterministic": (deterministic, [False]),
-            },
-        )
-        call = call_for(problem, q, k, v)
-        if key is not None:
-            if len(CALLS) >= CALLS_REMEMBERED:
-                CALLS.clear()
-            CALLS[key] = call
-    return call(q, k, v)
-
-
-def carry_derivatives(q, k, v):
-    """Whether derivatives may be asked for, backward or (tangents, which a key can't show) in forward mode."""
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return backward or getattr(forward_ad, "_current_level", 0) >= 0  # 0 where torch has renamed it: slower, not wrong
+    if torch.compiler.is_compiling():
+        return traced(q, k, v, options)
+    return find_call(q, k, v, options)(q, k, v)
 
 
 def flash_attn_qkvpacked_func(
@@ -130,45 +95,15 @@ def flash_attn_qkvpacked_func(
     Returns, raises: as flash_attn_func.
     """
     q, k, v = unpack(qkv, num_heads_q)
-    refuse_grad("qkv", qkv)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        deterministic=deterministic,
-        sm_margin=sm_margin,
-        return_attn_probs=return_attn_probs,
-    )
-
-
-def unpack(qkv, num_heads_q):
-    if not isinstance(qkv, torch.Tensor):
-        raise TypeError(f"qkv must be a torch.Tensor, got {type(qkv).__name__}")
-    if qkv.dim() == 5:
-        if qkv.shape[2] != 3:
-            raise ValueError(f"qkv must be (batch, seqlen, 3, heads, head_dim), got shape {tuple(qkv.shape)}")
-        if num_heads_q is not None:
-            raise ValueError(f"num_heads_q goes with a 4-dimensional qkv, got {num_heads_q!r} with {qkv.dim()} dimensions")
-        return qkv.unbind(2)
-    if qkv.dim() != 4:
-        raise ValueError(
-            "qkv must be (batch, seqlen, 3, heads, head_dim), or with num_heads_q (batch, seqlen, heads + 2 · heads_kv, "
-            f"head_dim), got shape {tuple(qkv.shape)}"
-        )
-    if not isinstance(num_heads_q, int) or isinstance(num_heads_q, bool):
-        raise TypeError(f"num_heads_q must be an int where qkv has 4 dimensions, got {num_heads_q!r}")
-    heads_kv, odd = divmod(qkv.shape[2] - num_heads_q, 2)
-    if odd or num_heads_q < 1 or heads_kv < 1:
-        raise ValueError(f"num_heads_q must leave an even number of K and V heads of qkv's {qkv.shape[2]}, got {num_heads_q}")
-    return qkv.split([num_heads_q, heads_kv, heads_kv], dim=2)
+    options = (
+        softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, 1,
+        None, deterministic, sm_margin, return_attn_probs,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return traced(q, k, v, options)
+    refuse_tangent("qkv", qkv)
+    call = find_call(q, k, v, options)
+    return call.packed(qkv, num_heads_q) if isinstance(call, Differentiable) else call(q, k, v)
 
 
 def explain(q, k, v, causal=False):
@@ -184,8 +119,86 @@ def explain(q, k, v, causal=False):
 CALLS = {}  # what a call's shapes, strides and options decided, once
 
 
-def call_for(problem, q, k, v):
-    """The function of (q, k, v) that runs this problem: reference, no kernel at all, or a planned launch."""
+def find_call(q, k, v, options, operator=False):
+    """The function of (q, k, v) that runs a call: remembered, or validated and planned.
+
+    options: in flash_attn_func's order. operator: the call stands inside an operator, which autograd and autocast surround.
+    """
+    gradients = False
+    try:
+        gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) and not operator
+        key = (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device, q.is_neg() or k.is_neg() or v.is_neg(), gradients, options, *map(type, options),
+        )  # fmt: skip
+        call = CALLS.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # no strided tensors, or unhashable: the validation says which
+        key = call = None
+    if call is None or getattr(forward_ad, "_current_level", 0) >= 0:  # a key shows no tangents; 0 where torch has renamed it
+        if not operator:
+            low = [lowered(t) for t in (q, k, v)]
+            if low[0] is not q or low[1] is not k or low[2] is not v:
+                return lambda q, k, v: find_call(*low, options)(*low)
+        call = planned_call(Problem.of(q, k, v, **named(*options)), q, k, v, gradients)
+        if key is not None:
+            if len(CALLS) >= CALLS_REMEMBERED:
+                CALLS.clear()
+            CALLS[key] = call
+    return call
+
+
+def named(
+    softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits, pack_gqa,
+    deterministic, sm_margin, return_attn_probs,
+):  # fmt: skip
+    """flash_attn_func's options as the validation takes them."""
+    return dict(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        lse=return_attn_probs,
+        unsupported={
+            "qv": (qv, [None]),
+            "q_descale": (q_descale, [None]),
+            "k_descale": (k_descale, [None]),
+            "v_descale": (v_descale, [None]),
+            "window_size": (tuple(window_size) if isinstance(window_size, list) else window_size, [(-1, -1)]),
+            "attention_chunk": (attention_chunk, [0]),
+            "softcap": (softcap, [0.0, 0]),
+            "num_splits": (num_splits, [1, 0]),
+            "pack_gqa": (pack_gqa, [None, False]),
+        },
+    )
+
+
+def lowered(t):
+    """t as torch.autocast hands it to torch's own attention: what is fp32, in autocast's dtype for its device."""
+    if not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.device.type not in ("cuda", "cpu"):
+        return t
+    device = t.device.type
+    return t.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else t
+
+
+def traced(q, k, v, options):
+    """The call as torch.compile sees it: checked as far as shapes and options go, then one operator."""
+    q, k, v = lowered(q), lowered(k), lowered(v)
+    arguments = named(*options)
+    scale = check_arguments(q, k, v, **arguments)
+    out, lse = OPERATORS.forward(q, k, v, scale, arguments["causal"], arguments["deterministic"], arguments["sm_margin"])
+    return (out, lse) if arguments["lse"] else out
+
+
+def planned_call(problem, q, k, v, gradients):
+    """The function of (q, k, v) that runs this problem, recorded for autograd where gradients are wanted."""
+    if not gradients:
+        return forward_of(problem, q, k, v)
+    backward = backward_of(problem, q.device)  # planned now, so that what it can't do shows here
+    return Differentiable(forward_of(replace(problem, lse=True), q, k, v), backward, problem.lse)
+
+
+def forward_of(problem, q, k, v):
+    """The function of (q, k, v) that computes this problem: reference, no kernel at all, or a planned launch."""
     if problem.empty:
         return lambda q, k, v: nothing_to_attend(problem, q)
     if not q.is_cuda:
@@ -194,9 +207,25 @@ def call_for(problem, q, k, v):
     return Launch(problem, plan, [restrided(t) for t in (q, k, v)])
 
 
+@lru_cache(CALLS_REMEMBERED)
+def backward_of(problem, device):
+    """The function of (dout, q, k, v, out, lse, dq, dk, dv) that computes this problem's gradients: as forward_of."""
+    if problem.empty:
+        return no_gradients
+    if device.type == "cpu":
+        return partial(reference_gradients, problem)
+    return BackwardLaunch(problem, plan_backward(problem, device_of(device)))
+
+
 def run_reference(problem, q, k, v):
     out, lse = reference.attention(q, k, v, softmax_scale=problem.softmax_scale, causal=problem.causal)
     return (out, lse) if problem.lse else out
+
+
+def reference_gradients(problem, dout, q, k, v, out, lse, dq, dk, dv):
+    gradients = reference.gradients(dout, q, k, v, softmax_scale=problem.softmax_scale, causal=problem.causal)
+    for written, computed in zip((dq, dk, dv), gradients):
+        written.copy_(computed)
 
 
 def nothing_to_attend(problem, q):
@@ -205,85 +234,6 @@ def nothing_to_attend(problem, q):
     return (out, torch.full(lse_shape, float("-inf"), dtype=torch.float32, device=q.device)) if problem.lse else out
 
 
-class Launch:
-    """A planned forward call: allocates the output and starts the kernel on torch's current stream."""
-
-    def __init__(self, problem, plan, strides):
-        self.kernel = jit.get(plan.config)
-        self.strides = strides if any(strides) else None
-        self.out_shape = (problem.batch, problem.seqlen_q, problem.heads, problem.head_dim)
-        self.lse_shape = (problem.batch, problem.heads, problem.seqlen_q) if problem.lse else None
-        # exp(s · scale) is taken against the largest s, so the kernel wants a positive scale: its sign, or 0, goes into q
-        scale = abs(problem.softmax_scale)
-        if scale == 0.0:
-            self.q_factor, scale = 0.0, 1.0
-        else:
-            self.q_factor = -1.0 if problem.softmax_scale < 0 else None
-        self.arguments = (scale, plan.head_group, plan.ctas, int(problem.sm_margin > 0))
-        self.counter = no_counter
-        if plan.config.scheduler == "dynamic":
-            self.counter = counter_for if plan.counted else untouched_counter
-
-    def __call__(self, q, k, v):
-        at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        if (at_q | at_k | at_v) & 15 or not (at_q and at_k and at_v):
-            for name, t in (("q", q), ("k", k), ("v", v)):
-                check_address(name, t)
-        if self.strides is not None:
-            q, k, v = (t if s is None else t.as_strided(t.shape, s) for t, s in zip((q, k, v), self.strides))
-        if self.q_factor is not None:
-            q = q * self.q_factor
-        out = q.new_empty(*self.out_shape)
-        counter = self.counter(q.device)
-        if self.lse_shape is None:
-            self.kernel(q, k, v, out, None, *self.arguments, counter)
-            return out
-        lse = q.new_empty(*self.lse_shape, dtype=torch.float32)
-        self.kernel(q, k, v, out, lse, *self.arguments, counter)
-        return out, lse
-
-
-def restrided(t):
-    """Strides that TMA can take in place of t's: those of dimensions of size 1 are arbitrary. None if t's will do."""
-    strides = tuple(8 if size == 1 and i < 3 else stride for i, (size, stride) in enumerate(zip(t.shape, t.stride())))
-    needed = any(size == 1 and stride * t.element_size() % 16 for size, stride in zip(t.shape[:3], t.stride()))
-    return strides if needed else None
-
-
-COUNTERS = {}  # (device, stream) -> a dynamic schedule's counter, which every launch leaves zero
-
-
-def counter_for(device):
-    """Two zeros on the device that no launch which may run at the same time uses.
-
-    Launches on one stream follow each other, so they share a counter. A CUDA graph may be replayed beside any stream, and
-    the id of a stream that isn't torch's (an even one, but for the default stream's 0; torch's c10/cuda/CUDAStream.cpp) may
-    stand for several or come back for another one: those calls get a counter of their own, from torch's allocator. (Threads
-    on per-thread default streams share one id, by which that allocator reuses memory: no torch allocation is safe there.)
-    """
-    stream = torch.cuda.current_stream(device).stream_id
-    with torch.cuda.device(device):
-        capturing = torch.cuda.is_current_stream_capturing()
-    if capturing or (stream != 0 and stream % 2 == 0):
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    counter = COUNTERS.get((device, stream))
-    if counter is None:
-        counter = COUNTERS[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
-    return counter
-
-
-@lru_cache
-def untouched_counter(device):
-    """What a dynamic schedule gets that will not count: a launch needs some tensor, and this one costs a graph no node."""
-    return torch.empty(2, dtype=torch.int32, device=device)
-
-
-def no_counter(device):
-    """What the other schedules get."""
-    return None
-
-
-@lru_cache
-def device_of(device):
-    properties = torch.cuda.get_device_properties(device)
-    return Device(sms=properties.multi_processor_count, l2_bytes=properties.L2_cache_size)
+def no_gradients(dout, q, k, v, out, lse, dq, dk, dv):
+    for written in (dq, dk, dv):
+        written.zero_()

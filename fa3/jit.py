@@ -69,9 +69,10 @@ def compile(config, *options):
 
 def kernel_of(config):
     """The kernel object, uncompiled, that a config describes."""
+    from .kernels.backward import BackwardKernel
     from .kernels.forward import ForwardKernel
 
-    return {"forward": ForwardKernel}[config.family](config)
+    return {"forward": ForwardKernel, "backward": BackwardKernel}[config.family](config)
 
 
 def _from_disk_or_compiled(config):

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .kernels.configs import DTYPE_BYTES, ForwardConfig
+from .kernels.configs import DTYPE_BYTES, BackwardConfig, ForwardConfig
 from .problem import Problem
 
 # (head_dim, mask) -> what differs from ForwardConfig's defaults. Chosen by the sweeps of perf/NOTES.md: d 64 and 128 by
@@ -139,10 +139,68 @@ def head_group(problem, device):
     return together * queries_per_kv
 
 
+# (head_dim, mask) -> what differs from BackwardConfig's defaults.
+BACKWARD = {
+    (64, "none"): dict(tile_m=128),
+    (64, "causal"): dict(tile_m=128),
+    (128, "none"): dict(),
+    (128, "causal"): dict(),
+}
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """A backward call's config and its workspace."""
+
+    config: BackwardConfig
+    batch: int
+    heads: int
+    query_tiles: int
+
+    @property
+    def rows(self):
+        """Queries, counted in whole tiles."""
+        return self.query_tiles * self.config.tile_m
+
+    @property
+    def workspace(self):
+        """name -> (shape, dtype, whether it must be zeros), in the order of the kernel's arguments; None for what isn't needed."""
+        per_head = self.batch, self.heads
+        return {
+            "dq_accum": ((*per_head, self.rows * self.config.head_dim), "float32", False),
+            "lse_log2": ((*per_head, self.rows), "float32", False),
+            "delta": ((*per_head, self.rows), "float32", False),
+            "semaphore": ((*per_head, self.query_tiles), "int32", True) if self.config.deterministic else None,
+        }
+
+    def __str__(self):
+        return str(self.config)
+
+
+def plan_backward(problem: Problem, device: Device) -> BackwardPlan:
+    """The plan of the backward of a forward call that has scores to compute."""
+    config = backward_config(problem.dtype, problem.head_dim, "causal" if problem.causal else "none", problem.deterministic)
+    return BackwardPlan(config, problem.batch, problem.heads, -(-problem.seqlen_q // config.tile_m))
+
+
+def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:
+    if (head_dim, mask) not in BACKWARD:
+        there = sorted({d for d, _ in BACKWARD})
+        raise NotImplementedError(f"q's head_dim must be one of {there} where gradients are wanted, got {head_dim}")
+    return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **BACKWARD[head_dim, mask])
+
+
 def shipped(family="forward"):
     """Every config of a family that planning can choose, for precompiling and for CI."""
-    if family != "forward":
+    if family not in FAMILIES:
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
+    if family == "backward":
+        return [
+            backward_config(dtype, head_dim, mask, deterministic)
+            for head_dim, mask in BACKWARD
+            for dtype in DTYPE_BYTES
+            for deterministic in (False, True)
+        ]
     return [
         forward_config(dtype, head_dim, mask, lse, row)
         for head_dim, mask in FORWARD
@@ -152,4 +210,4 @@ def shipped(family="forward"):
     ]
 
 
-FAMILIES = ("forward",)
+FAMILIES = ("forward", "backward")

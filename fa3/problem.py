@@ -29,6 +29,7 @@ class Problem:
     softmax_scale: float
     lse: bool
     sm_margin: int
+    deterministic: bool = False  # of the gradients
 
     @property
     def empty(self):
@@ -36,21 +37,25 @@ class Problem:
         return 0 in (self.batch, self.seqlen_q, self.seqlen_k, self.heads)
 
     @classmethod
-    def of(cls, q, k, v, *, softmax_scale, causal, sm_margin, lse, unsupported):
+    def of(cls, q, k, v, *, softmax_scale, causal, sm_margin, lse, unsupported, deterministic=False):
         """Validates the arguments of a call. unsupported: name -> (value, the values that mean "off")."""
-        tensors = {"q": q, "k": k, "v": v}
-        check_tensors(tensors)
-        check_shapes(q, k, v)
-        for name, (value, off) in unsupported.items():
-            check_off(name, value, off)
-        if not isinstance(causal, bool):
-            raise TypeError(f"causal must be True or False, got {causal!r}")
-        if not isinstance(lse, bool):
-            raise TypeError(f"return_attn_probs must be True or False, got {lse!r}")
-        check_sm_margin(sm_margin, q.device)
+        scale = check_arguments(
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            sm_margin=sm_margin,
+            lse=lse,
+            unsupported=unsupported,
+            deterministic=deterministic,
+        )
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            refuse_tangent(name, tensor)
         if q.is_cuda:
             check_device(q.device)
-            for name, tensor in tensors.items():
+            check_margin_leaves_sms(sm_margin, q.device)
+            for name, tensor in (("q", q), ("k", k), ("v", v)):
                 check_memory(name, tensor)
         return cls(
             dtype=DTYPES[q.dtype],
@@ -61,10 +66,40 @@ class Problem:
             heads_kv=k.shape[2],
             head_dim=q.shape[3],
             causal=causal,
-            softmax_scale=checked_scale(softmax_scale, q.shape[3]),
+            softmax_scale=scale,
             lse=lse,
             sm_margin=int(sm_margin),
+            deterministic=deterministic,
         )
+
+
+def check_arguments(q, k, v, *, softmax_scale, causal, sm_margin, lse, unsupported, deterministic):
+    """What can be checked without memory or a GPU, so while torch.compile traces too. Returns the scale."""
+    check_tensors({"q": q, "k": k, "v": v})
+    check_shapes(q, k, v)
+    for name, (value, off) in unsupported.items():
+        check_off(name, value, off)
+    for name, flag in (("causal", causal), ("return_attn_probs", lse), ("deterministic", deterministic)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    check_sm_margin(sm_margin)
+    return checked_scale(softmax_scale, q.shape[3])
+
+
+def check_gradient(dout, q, out, lse):
+    """The forward's results and the gradient of out, as a backward takes them with q."""
+    batch, seqlen_q, heads, _ = q.shape
+    for name, t, shape, dtype in (
+        ("dout", dout, q.shape, q.dtype),
+        ("out", out, q.shape, q.dtype),
+        ("lse", lse, (batch, heads, seqlen_q), torch.float32),
+    ):
+        if tuple(t.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must have dtype {dtype}, got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
 
 
 def check_tensors(tensors):
@@ -85,17 +120,11 @@ def check_tensors(tensors):
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
-        refuse_grad(name, t)
 
 
-def refuse_grad(name, t):
+def refuse_tangent(name, t):
     if forward_ad.unpack_dual(t).tangent is not None:
         raise NotImplementedError(f"{name} carries a forward-mode tangent, which is not supported: pass {name}.detach()")
-    if t.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{name} requires_grad, and the backward pass does not exist yet: "
-            f"call under torch.no_grad() or pass {name}.detach()"
-        )
 
 
 def check_shapes(q, k, v):
@@ -121,13 +150,17 @@ def check_off(name, value, off):
         raise NotImplementedError(f"{name} is not supported yet: it must be {allowed}, got {shown}")
 
 
-def check_sm_margin(sm_margin, device):
+def check_sm_margin(sm_margin):
     if not isinstance(sm_margin, Integral) or isinstance(sm_margin, bool):
         raise TypeError(f"sm_margin must be an int, got {sm_margin!r}")
-    limit = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
-    if sm_margin < 0 or (limit is not None and sm_margin >= limit):
-        most = "the number of SMs less one" if limit is None else f"{limit - 1} on this device"
-        raise ValueError(f"sm_margin must be from 0 to {most}, got {sm_margin}")
+    if sm_margin < 0:
+        raise ValueError(f"sm_margin must be from 0 to the number of SMs less one, got {sm_margin}")
+
+
+def check_margin_leaves_sms(sm_margin, device):
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if sm_margin >= sms:
+        raise ValueError(f"sm_margin must be from 0 to {sms - 1} on this device, got {sm_margin}")
 
 
 def check_device(device):
@@ -147,9 +180,14 @@ def check_memory(name, t):
         raise ValueError(f"{name} must not be a lazily negated view (torch.Tensor.is_neg): pass {name}.resolve_neg()")
     if t.stride(3) != 1:
         raise ValueError(f"{name}'s last dimension must be contiguous (stride 1), got strides {t.stride()}")
-    if any(size > 1 and stride * t.element_size() % 16 for size, stride in zip(t.shape[:3], t.stride())):
+    if odd_strides(t):
         raise ValueError(f"{name}'s strides must be multiples of 16 bytes (8 elements), got strides {t.stride()}")
     check_address(name, t)
+
+
+def odd_strides(t):
+    """Whether a stride other than the last dimension's isn't on 16 bytes; a dimension of size 1 has none."""
+    return any(size > 1 and stride * t.element_size() % 16 for size, stride in zip(t.shape[:3], t.stride()))
 
 
 def check_address(name, t):
@@ -167,3 +205,26 @@ def checked_scale(softmax_scale, head_dim):
     if not -LARGEST_SCALE <= softmax_scale <= LARGEST_SCALE:  # NaN is not either
         raise ValueError(f"softmax_scale must be finite, from {-LARGEST_SCALE:.3g} to {LARGEST_SCALE:.3g}, got {softmax_scale!r}")
     return 0.0 if abs(softmax_scale) < SMALLEST_SCALE else float(softmax_scale)
+
+
+def unpack(qkv, num_heads_q):
+    """q, k and v, which live in qkv: views."""
+    if not isinstance(qkv, torch.Tensor):
+        raise TypeError(f"qkv must be a torch.Tensor, got {type(qkv).__name__}")
+    if qkv.dim() == 5:
+        if qkv.shape[2] != 3:
+            raise ValueError(f"qkv must be (batch, seqlen, 3, heads, head_dim), got shape {tuple(qkv.shape)}")
+        if num_heads_q is not None:
+            raise ValueError(f"num_heads_q goes with a 4-dimensional qkv, got {num_heads_q!r} with {qkv.dim()} dimensions")
+        return qkv.unbind(2)
+    if qkv.dim() != 4:
+        raise ValueError(
+            "qkv must be (batch, seqlen, 3, heads, head_dim), or with num_heads_q (batch, seqlen, heads + 2 · heads_kv, "
+            f"head_dim), got shape {tuple(qkv.shape)}"
+        )
+    if not isinstance(num_heads_q, int) or isinstance(num_heads_q, bool):
+        raise TypeError(f"num_heads_q must be an int where qkv has 4 dimensions, got {num_heads_q!r}")
+    heads_kv, odd = divmod(qkv.shape[2] - num_heads_q, 2)
+    if odd or num_heads_q < 1 or heads_kv < 1:
+        raise ValueError(f"num_heads_q must leave an even number of K and V heads of qkv's {qkv.shape[2]}, got {num_heads_q}")
+    return qkv.split([num_heads_q, heads_kv, heads_kv], dim=2)

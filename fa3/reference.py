@@ -57,6 +57,31 @@ def _attention(q, k, v, softmax_scale, causal, dtype, out_dtype):
     return torch.cat([o.to(out_dtype) for o in O], dim=1), torch.cat([x.float() for x in lse], dim=2)
 
 
+def gradients(dout, q, k, v, *, softmax_scale=None, causal=False, dtype=torch.float32, out_dtype=None):
+    """dQ, dK and dV of `attention` by autograd, over chunks of queries so that memory stays bounded.
+
+    dout: the gradient of O, of its shape. out_dtype: dtype of all three, each input's own by default. The others: as in
+    `attention`. A query that sees no key has gradient 0, and gives none.
+    """
+    batch, seqlen_q, heads, _ = q.shape
+    seqlen_k = k.shape[1]
+    step = max(1, SCORES_AT_ONCE // max(1, batch * heads * seqlen_k))
+    with torch.autocast(q.device.type, enabled=False), torch.enable_grad():
+        K, V = (x.detach().to(dtype).requires_grad_() for x in (k, v))
+        dQ, dK, dV = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        for start in range(0, seqlen_q, step):
+            stop = min(start + step, seqlen_q)
+            seen = stop + seqlen_k - seqlen_q if causal else seqlen_k  # by the chunk's last query
+            if seen <= 0:
+                continue
+            Q = q[:, start:stop].detach().to(dtype).requires_grad_()
+            O, _ = _attention(Q, K[:, :seen], V[:, :seen], softmax_scale, causal, dtype, dtype)
+            dQ[:, start:stop], *of_keys = torch.autograd.grad(O, (Q, K, V), dout[:, start:stop].detach().to(dtype))
+            dK += of_keys[0]
+            dV += of_keys[1]
+    return tuple(dx.to(out_dtype or x.dtype) for dx, x in ((dQ, q), (dK, k), (dV, v)))
+
+
 def plain_attention(q, k, v, causal=False, softmax_scale=None):
     """Attention as plain PyTorch does it: both products and the softmax in the inputs' dtype, S and P in memory whole.
 

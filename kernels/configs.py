@@ -235,3 +235,83 @@ class ForwardConfig:
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
         return self.barrier_bytes + self.q_slots * t["Q"] + t["O"] + self.kv_stages * t["K"]
+
+
+@dataclass(frozen=True, repr=False)
+class BackwardConfig:
+    """One backward call: dQ, dK and dV over tiles of tile_m queries and tile_n keys, and the kernels before and after it.
+
+    dtype: "fp16" or "bf16", of Q, K, V, O, dO, dQ, dK and dV.
+    head_dim: 64, 128 or 256, of all of them.
+    mask: "none", or "causal" aligned to the bottom right.
+    tile_m: queries of one step of the mainloop.
+    tile_n: keys a CTA owns.
+    q_stages, do_stages: tiles of Q, and of dO, that are in flight.
+    deterministic: tiles add to dQ in a fixed order.
+    """
+
+    dtype: str = "bf16"
+    head_dim: int = 128
+    mask: str = "none"
+    tile_m: int = 64
+    tile_n: int = 128
+    q_stages: int = 2
+    do_stages: int = 2
+    deterministic: bool = False
+
+    family = "backward"
+
+    __repr__ = _one_line
+
+    @property
+    def threads(self):
+        """Threads of a CTA: the producer warpgroup and two consumers."""
+        return 3 * WARPGROUP
+
+    @property
+    def registers(self):
+        """Registers of a (producer, consumer) thread after setmaxnreg."""
+        return 24, 240
+
+    @property
+    def entry_registers(self):
+        """Registers of every thread at entry: the register file's equal share, in steps of 8."""
+        return REGISTER_FILE // self.threads // 8 * 8
+
+    @property
+    def dq_by_rows(self):
+        """Whether a warpgroup computes 64 queries of dQ; else it computes 64 of head_dim, of all queries of the tile."""
+        return self.tile_m == 128
+
+    @property
+    def accumulator_size(self):
+        """fp32 numbers of dQ's tile that a thread holds."""
+        return self.tile_m * self.head_dim // (2 * WARPGROUP)
+
+    @property
+    def ds_buffers(self):
+        """Places for dS in shared memory: with two, one barrier a step is enough."""
+        return 2
+
+    @property
+    def tile_bytes(self):
+        """Bytes of the shared-memory tiles: one stage of Q (or dO), K (or V), one buffer of dS, dQ in fp32."""
+        element = DTYPE_BYTES[self.dtype]
+        return {
+            "Q": self.tile_m * self.head_dim * element,
+            "K": self.tile_n * self.head_dim * element,
+            "dS": self.tile_m * self.tile_n * element,
+            "dQ": self.tile_m * self.head_dim * 4,
+        }
+
+    @property
+    def barrier_bytes(self):
+        """mbarriers, full and empty, for K, V and each stage of Q and dO, and LSE and delta of those; padded for the tiles."""
+        stages = self.q_stages + self.do_stages
+        return -(-(8 * 2 * (2 + stages) + 4 * self.tile_m * stages) // 1024) * 1024
+
+    @property
+    def shared_memory(self):
+        """Bytes of dynamic shared memory a CTA asks for."""
+        t = self.tile_bytes
+        return self.barrier_bytes + (self.q_stages + self.do_stages) * t["Q"] + 2 * t["K"] + self.ds_buffers * t["dS"] + t["dQ"]

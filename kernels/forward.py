@@ -19,12 +19,11 @@ from .parts import barriers, tiles, warp_mma, wgmma
 from .parts.barriers import WARP, Turns
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, StagedOutput
-from .parts.rounding import round_into
+from .parts.rounding import DTYPES, round_into
 from .parts.schedule import Divisor, Schedule, TileList
 from .parts.softmax import LOG2_E, OnlineSoftmax
 from .parts.sources import Feeder, TmaSource
 
-DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
 CLAIM_AHEAD = 3  # tiles of K before a tile's last load, at which the next tile is claimed: a few steps hide what that takes
 HIGHEST_P = {"fp16": 2.0**15, "bf16": 2.0**60}  # what P may grow to before its maximum must follow: P, l and O don't overflow
 ROWS = 64  # query rows of a consumer warpgroup, the M of a WGMMA: a block. A tile is named by its first one (parts/schedule.py)

@@ -36,7 +36,8 @@ def parser():
 
     run = commands.add_parser("run", help="measure a suite, print a table, write a result file")
     run.add_argument("--suite", choices=suites.SUITES, default="paper", help="default: paper")
-    run.add_argument("--direction", choices=["fwd"], default="fwd", help="only the forward is measured so far")
+    directions = suites.DIRECTION_FLOPS
+    run.add_argument("--direction", choices=directions, default="fwd", help="fwd (default), or bwd: the backward alone")
     run.add_argument("--dtype", type=dtypes, default=["bf16"], metavar="DTYPE,...", help="bf16 (default), fp16")
     run.add_argument(
         "--providers", type=words, default=list(peers.PROVIDERS), metavar="NAME,...", help=f"default: {','.join(peers.PROVIDERS)}"

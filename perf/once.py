@@ -1,4 +1,4 @@
-"""One launch of a config on a small problem, in a process of its own: `python -m perf.once '{"head_dim": 64, ...}'`.
+"""One launch of a config on a small problem, in a process of its own: `python -m perf.once fwd '{"head_dim": 64, ...}'`.
 
 A kernel that never ends takes its process with it, and nothing else: perf.sweep tries its variants so before it measures them.
 """
@@ -7,22 +7,17 @@ import json
 import sys
 
 
-def main(fields):
+def main(direction, config):
     import torch
 
-    from fa3.attention import Launch, device_of
-    from fa3.kernels.configs import ForwardConfig
-    from fa3.plan import planned
-    from fa3.problem import Problem
+    from perf import suites, timing, variants
 
-    config = ForwardConfig(**json.loads(fields))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
-    # more tiles than SMs, whatever tile_m, and a last one that isn't full
-    q, k, v = (torch.randn(3, 1000, 14, config.head_dim, device="cuda", dtype=dtype) for _ in range(3))
-    problem = Problem.of(q, k, v, softmax_scale=None, causal=config.mask == "causal", sm_margin=0, lse=config.lse, unsupported={})
-    Launch(problem, planned(config, problem, device_of(q.device)), [None, None, None])(q, k, v)
+    config = variants.CONFIGS[direction](**json.loads(config))
+    # more tiles than SMs, whatever tile_m and tile_n, and a last one that isn't full
+    point = suites.Point(config.head_dim, config.mask == "causal", 3, 1000, 1000, 14, 14, config.dtype, direction)
+    variants.VARIANTS[type(config)](config).make(point, timing.CudaDevice().tensors(point))()
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,7 +1,7 @@
 """Who is measured: this project and its peers, one small object each.
 
 A provider says why it can't be measured (available), which version it is, and makes, from a point and its tensors,
-a callable that runs one forward. To add one, write a class and put it into PROVIDERS.
+a callable that runs one forward, or one backward. To add one, write a class and put it into PROVIDERS.
 """
 
 import importlib
@@ -25,11 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Tensors(NamedTuple):
-    """q (batch, seqlen_q, heads, head_dim); k and v (batch, seqlen_k, heads_kv, head_dim)."""
+    """q and dout (batch, seqlen_q, heads, head_dim); k and v (batch, seqlen_k, heads_kv, head_dim).
+
+    In the backward direction q, k and v require grad, and dout is the gradient of the output; in the forward it is None.
+    """
 
     q: object
     k: object
     v: object
+    dout: object = None
 
 
 class Unsupported(Exception):
@@ -38,6 +42,7 @@ class Unsupported(Exception):
 
 class Provider:
     name: str
+    forward_only = None  # or the reason why it has no backward
 
     def available(self):
         """None, or the reason why this provider can't be measured here."""
@@ -50,10 +55,27 @@ class Provider:
         """What takes long and can be done in parallel before the first `make`, such as compiling."""
 
     def make(self, point, tensors):
-        """A callable without arguments that runs one forward and returns its output (or a tuple that starts with it).
+        """A callable without arguments: what is timed at this point.
 
+        In the forward direction it runs one forward and returns its output (or a tuple that starts with it). In the backward
+        direction it runs the backward alone and returns (dq, dk, dv): the forward ran here, once, and its graph is kept.
         Whatever the provider needs prepared is prepared here, outside of the timing.
         """
+        if point.direction == "fwd":
+            return self.forward(point, tensors)
+        if self.forward_only is not None:
+            raise Unsupported(self.forward_only)
+        from torch.autograd import grad
+
+        forward = self.forward(point, tensors)
+        with self.context():
+            out = forward()
+        out = out[0] if isinstance(out, (tuple, list)) else out
+        inputs = tensors.q, tensors.k, tensors.v
+        return lambda: grad(out, inputs, tensors.dout, retain_graph=True)
+
+    def forward(self, point, tensors):
+        """A callable without arguments that runs one forward and returns its output (or a tuple that starts with it)."""
         raise NotImplementedError
 
     def context(self):
@@ -68,11 +90,12 @@ class Provider:
 class Package(Provider):
     """A provider that is a function `flash_attn_func(q, k, v, causal=...)` in an importable package."""
 
-    def __init__(self, name, module, distribution, hint):
+    def __init__(self, name, module, distribution, hint, forward_only=None):
         self.name = name
         self.module = module
         self.distribution = distribution
         self.hint = hint
+        self.forward_only = forward_only
 
     def available(self):
         try:
@@ -91,17 +114,38 @@ class Package(Provider):
         except importlib.metadata.PackageNotFoundError:
             return f"{self.distribution} (version unknown: imported, but not installed)"
 
-    def make(self, point, tensors):
+    def forward(self, point, tensors):
         flash_attn_func = importlib.import_module(self.module).flash_attn_func
-        q, k, v = tensors
+        q, k, v = tensors[:3]
         causal = point.causal
         return lambda: flash_attn_func(q, k, v, causal=causal)
 
 
 class ThisProject(Package):
     def config_line(self, point, tensors):
+        if point.direction == "bwd":
+            return self.backward_line(point, tensors.q.device)
         explain = getattr(importlib.import_module(self.module), "explain", None)
-        return None if explain is None else str(explain(*tensors, causal=point.causal))
+        return None if explain is None else str(explain(*tensors[:3], causal=point.causal))
+
+    def backward_line(self, point, device):
+        from fa3 import attention, plan
+        from fa3.problem import Problem
+
+        problem = Problem(
+            dtype=point.dtype,
+            batch=point.batch,
+            seqlen_q=point.seqlen_q,
+            seqlen_k=point.seqlen_k,
+            heads=point.heads,
+            heads_kv=point.heads_kv,
+            head_dim=point.head_dim,
+            causal=point.causal,
+            softmax_scale=point.head_dim**-0.5,
+            lse=True,
+            sm_margin=0,
+        )
+        return str(plan.plan_backward(problem, attention.device_of(device)))
 
 
 class OtherCommit(Package):
@@ -166,10 +210,10 @@ class ScaledDotProductAttention(Provider):
             raise Unsupported("SDPA's is_causal is aligned to the top left, so seqlen_q != seqlen_k isn't the same problem")
         return {"is_causal": point.causal}
 
-    def make(self, point, tensors):
+    def forward(self, point, tensors):
         from torch.nn.functional import scaled_dot_product_attention
 
-        q, k, v = (tensor.transpose(1, 2) for tensor in tensors)  # views: (batch, heads, seqlen, head_dim)
+        q, k, v = (tensor.transpose(1, 2) for tensor in tensors[:3])  # views: (batch, heads, seqlen, head_dim)
         arguments = self.mask(point)
         if point.heads != point.heads_kv:
             arguments["enable_gqa"] = True
@@ -220,7 +264,7 @@ PROVIDERS = {
         Cudnn(),
         FlashAttention2(),
         Package("fa4", "flash_attn.cute", "flash-attn-4", "pip install flash-attn-4"),
-        Package("fa3-pypi", "fa3_fwd_interface", "fa3-fwd", "pip install fa3-fwd"),
+        Package("fa3-pypi", "fa3_fwd_interface", "fa3-fwd", "pip install fa3-fwd", forward_only="fa3-fwd has no backward"),
     )
 }
 

@@ -12,7 +12,8 @@
                   results: {provider: measurement}}]
 
 A measurement is {median_ms, spread, samples_ms, launches}, with tflops where measure is "kernel", config (one line)
-where the provider gives one, and differs: {from, relative} where its output isn't the other provider's.
+where the provider gives one, and differs: {from, output, relative} where an output isn't the other provider's (in older
+files without which one: it is the forward's only one).
 """
 
 import datetime

@@ -18,6 +18,7 @@ GEMM = "gemm"  # its name among the providers of a point
 HOST_CHUNKS = 20  # of timing.CALLS_PER_CHUNK calls, for each provider
 # Two right bf16 forwards differ by about 3e-3; another mask, scale or an unwritten tile by far more
 AGREEMENT = 2e-2
+OUTPUTS = {"fwd": ("the output",), "bwd": ("dq", "dk", "dv")}  # of a call, which may return more
 
 
 class DeviceLost(Exception):
@@ -39,7 +40,7 @@ def run(*, suite, filters, providers, rounds, out=None, commit=None, console):
     for provider in present:
         provider.prepare()
     path = results.claim(out if out is not None else results.default_path(header))
-    with torch.no_grad():
+    with torch.set_grad_enabled(header["direction"] == "bwd"):
         Bench(header, path, present, timing.CudaDevice(), console).measure(points)
     return finish(header, path, console)
 
@@ -75,6 +76,8 @@ def new_run(suite, points, providers, rounds, commit):
             "warmup_ms": timing.WARMUP_MS,
             "min_launches": timing.MIN_LAUNCHES,
             "max_launches": timing.MAX_LAUNCHES,
+            "queued_kernels": timing.QUEUED_KERNELS,
+            "kernels_per_call": timing.KERNELS_PER_CALL[points[0].direction],
             "host_chunks": HOST_CHUNKS,
             "calls_per_chunk": timing.CALLS_PER_CHUNK,
             "calls_per_graph": timing.CALLS_PER_GRAPH,
@@ -135,6 +138,8 @@ class Bench:
         runnables, entries = self.prepare(point)
         timed = timing.host_times(runnables, self.device, HOST_CHUNKS, self.rng, self.failed_at(point))
         self.keep("host", point, timed, entries)
+        if point.direction == "bwd":  # autograd launches on its forward's stream, which isn't the one that is captured
+            return
 
         failed = self.failed_at(point, "CUDA graph: ")
         replays = {}
@@ -150,8 +155,8 @@ class Bench:
     def prepare(self, point):
         """Runs every provider once on the point's tensors, which also compiles what has to be compiled.
 
-        Returns the runnables and what is known of each before timing: its config line, and whether its output differs
-        from the reference's, which is the first other provider that runs.
+        Returns the runnables and what is known of each before timing: its config line, and which of its outputs differs
+        most from the reference's, if it does; the reference is the first other provider that runs.
         """
         tensors = self.device.tensors(point)
         failed = self.failed_at(point)
@@ -160,26 +165,33 @@ class Bench:
             try:
                 call = provider.make(point, tensors)
                 with provider.context():
-                    output = call()
-                output = output[0] if isinstance(output, (tuple, list)) else output
+                    returned = call()
+                outputs = returned if isinstance(returned, (tuple, list)) else [returned]
                 self.device.synchronize()
                 entry = {}
                 if reference is None:
-                    reference = (provider.name, output)
+                    reference = (provider.name, outputs)
                 else:
-                    relative = self.device.relative_difference(output, reference[1])
+                    output, relative = self.largest_difference(OUTPUTS[point.direction], outputs, reference[1])
                     if not relative <= AGREEMENT:  # NaN differs too
-                        entry["differs"] = {"from": reference[0], "relative": relative if math.isfinite(relative) else None}
-                        plain(self.console, f"WRONG? {provider.name} differs from {reference[0]} by {relative:.2g} at {point.label()}")
+                        finite = relative if math.isfinite(relative) else None
+                        entry["differs"] = {"from": reference[0], "output": output, "relative": finite}
+                        what = f"{output} of {provider.name} differs from that of {reference[0]}"
+                        plain(self.console, f"WRONG? {what} by {relative:.2g} at {point.label()}")
                 line = self.config_line(provider, point, tensors)
                 if line is not None:
                     entry["config"] = line
             except Exception as error:
                 failed(provider.name, error)
                 continue
-            runnables[provider.name] = Runnable(call, provider.context)
+            runnables[provider.name] = Runnable(call, provider.context, timing.KERNELS_PER_CALL[point.direction])
             entries[provider.name] = entry
         return runnables, entries
+
+    def largest_difference(self, names, outputs, reference):
+        """(name, relative difference) of the output that differs most from the reference's; NaN is the most."""
+        differences = [(name, self.device.relative_difference(*pair)) for name, *pair in zip(names, outputs, reference)]
+        return max(differences, key=lambda found: math.inf if math.isnan(found[1]) else found[1])
 
     def config_line(self, provider, point, tensors):
         try:

@@ -57,9 +57,10 @@ class Point:
         return 4 * self.visible_pairs() * self.head_dim * self.heads * self.batch * DIRECTION_FLOPS[self.direction]
 
     def tensor_bytes(self) -> int:
-        """Bytes of q, k, v and the output together."""
+        """Bytes of q, k, v and the output together; in the backward direction, of their gradients too."""
         rows = 2 * self.seqlen_q * self.heads + 2 * self.seqlen_k * self.heads_kv
-        return self.batch * rows * self.head_dim * ELEMENT_BYTES[self.dtype]
+        tensors = {"fwd": 1, "bwd": 2}[self.direction]
+        return tensors * self.batch * rows * self.head_dim * ELEMENT_BYTES[self.dtype]
 
     def seqlen_label(self) -> str:
         return str(self.seqlen_q) if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q}x{self.seqlen_k}"

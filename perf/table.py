@@ -3,7 +3,8 @@
 fa3/best  this project's speed over the best peer's in this run
 fa3/fa4   this project's speed over FlashAttention-4's in this run
 mark      (fa3/fa4) / best_over_fa4: the speed over the best of all peers in perf/targets.json, whether or not they are
-          in this run. "ok" from 1.02 up, "gemm" where the point runs at this run's GEMM rate, else "--"
+          in this run. "ok" from 1.02 up, "gemm" where the point runs at this run's GEMM rate, else "--". Backward: "ok" from
+          1.01 up, where at head_dim 256 from seqlen 2k up fa3/fa4 must be 1.35 too
 fa3/base  this project's rate (TFLOP/s) at this point over its own at the point that this one is held against:
           MHA for grouped-query points, the nearest round length for odd ones, bf16 for fp16
 """
@@ -22,7 +23,9 @@ from perf import results, suites
 
 TARGETS = Path(__file__).with_name("targets.json")
 OURS = "fa3"
-MARK = 1.02
+MARK = {"fwd": 1.02, "bwd": 1.01}  # at every point
+BACKWARD_MEAN = 1.05  # of the marks, geometric
+BACKWARD_D256 = 1.35  # fa3/fa4, at head_dim 256 from seqlen SHORT up
 SHORT = 2048  # seqlens up to here have a mean of their own
 UNITS = {"kernel": "TFLOP/s", "host": "host time, µs a call", "graph": "replay in a CUDA graph, µs a call"}
 RATIOS = ("fa3/best", "fa3/fa4", "mark", "fa3/base")
@@ -53,6 +56,16 @@ def ratios(point, measured, marks):
         if point in marks:
             found["mark"] = found["fa3/fa4"] / marks[point]
     return found
+
+
+def held_to_fa4(point):
+    """Whether the point has a bar of its own for fa3/fa4, BACKWARD_D256."""
+    return point.direction == "bwd" and point.head_dim == 256 and point.seqlen_q >= SHORT
+
+
+def reached(point, found):
+    """Whether a point with a mark is where the bars want it."""
+    return found["mark"] >= MARK[point.direction] and (not held_to_fa4(point) or found["fa3/fa4"] >= BACKWARD_D256)
 
 
 def geometric_mean(values):
@@ -90,7 +103,7 @@ class Sheet:
         needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
         wide = Console(file=console.file, force_terminal=console.is_terminal, width=max(console.width, needed))
         wide.print(table)
-        for line in self.means() + self.remarks():
+        for line in self.means() + self.bars() + self.remarks():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def table(self):
@@ -127,7 +140,7 @@ class Sheet:
         if "mark" not in found:
             return "-"
         gemm = self.data.get(results.gemm_key(point.dtype))
-        if found["mark"] >= MARK:
+        if reached(point, found):
             word = "ok"
         elif gemm is not None and measured[OURS]["tflops"] >= gemm["tflops"]:
             word = "gemm"
@@ -154,6 +167,27 @@ class Sheet:
             lines.append(f"lowest {name}: {lowest:.3f} at {point.label()}")
         return lines
 
+    def bars(self):
+        """What the backward has to reach, and where it stands."""
+        rows = [(point, found) for point, _, found in self.rows if point.direction == "bwd" and "mark" in found]
+        if not rows:
+            return []
+        points = sum(found["mark"] >= MARK["bwd"] for _, found in rows)
+        mean = geometric_mean(found["mark"] for _, found in rows)
+        verdict = "reached" if mean >= BACKWARD_MEAN else "not reached"
+        lines = [
+            f"bar, mark {MARK['bwd']}: reached at {points} of {len(rows)} points",
+            f"bar, mark {BACKWARD_MEAN} in the geometric mean: {verdict}, {mean:.3f}",
+        ]
+        large = [found["fa3/fa4"] for point, found in rows if held_to_fa4(point)]
+        if large:
+            ahead = sum(ratio >= BACKWARD_D256 for ratio in large)
+            lines.append(
+                f"bar, fa3/fa4 {BACKWARD_D256} at head_dim 256 from {SHORT} up: reached at {ahead} of {len(large)} points, "
+                f"lowest {min(large):.3f}"
+            )
+        return lines
+
     def remarks(self):
         spreads = [(entry["spread"], name, point) for point, found, _ in self.rows for name, entry in found.items()]
         lines = []
@@ -169,8 +203,9 @@ class Sheet:
             for name, entry in measured.items():
                 if "differs" in entry:
                     by, reference = entry["differs"]["relative"], entry["differs"]["from"]
+                    output = entry["differs"].get("output", "the output")
                     size = "in NaN or infinity" if by is None else f"by {by:.2g}"
-                    lines.append(f"! the output of {name} differs from that of {reference} {size} at {point.label()}")
+                    lines.append(f"! {output} of {name} differs from that of {reference} {size} at {point.label()}")
         return lines
 
 

@@ -9,8 +9,12 @@ So every provider meets the same clock and temperature, which on a power-limited
 L2 isn't flushed between launches: at the paper's sizes q, k, v and the output are 268 MB, several times the L2
 (60 MB on an H200). Where a point's tensors do fit (its `tensor_bytes` are in the results), all providers run L2-warm.
 
-Launching must not be what is timed (suite `host` times it). A provider whose host time for a launch is longer than its
-GPU time starts behind a spin kernel, long enough for the queue never to run empty during the burst.
+A launch in the backward direction is one torch.autograd.grad over the graph of a forward that ran before: all the backward's
+kernels, and none of the forward's.
+
+Launching must not be what is timed (suite `host` times it), and autograd's takes 50 to 100 us. A provider whose host time
+for a launch is longer than its GPU time starts behind a spin kernel, long enough for the queue never to run empty during the
+burst, which is then no longer than what the queue holds.
 """
 
 import time
@@ -21,7 +25,10 @@ from perf.peers import Tensors
 BURST_MS = 25.0
 WARMUP_MS = 20.0
 MIN_LAUNCHES = 3
-MAX_LAUNCHES = 500  # CUDA queues 1024 kernels at most; a call may be two
+MAX_LAUNCHES = 500
+QUEUED_KERNELS = 1000  # CUDA queues 1024 at most: who enqueues one more waits until another is done
+# Kernels and memsets, at most. Backward: delta, the gradients, dQ's rounding; grouped heads: two more, and three zeroed sums
+KERNELS_PER_CALL = {"fwd": 2, "bwd": 8}
 ESTIMATE_MS = 2.0
 HOST_MARGIN = 1.2  # on the host time that a head start has to cover
 CALLS_PER_CHUNK = 100  # enqueues timed before the queue is drained
@@ -45,6 +52,7 @@ class Turn(NamedTuple):
 class Runnable(NamedTuple):
     call: Callable
     context: Callable  # a context manager's factory, entered around every burst
+    kernels: int = 1  # of a call, at most
 
 
 class CudaDevice:
@@ -63,8 +71,11 @@ class CudaDevice:
             shape = (point.batch, seqlen, heads, point.head_dim)
             return self.torch.randn(shape, device="cuda", dtype=self.dtypes[point.dtype])
 
-        k_shape = (point.seqlen_k, point.heads_kv)
-        return Tensors(normal(point.seqlen_q, point.heads), normal(*k_shape), normal(*k_shape))
+        q_shape, k_shape = (point.seqlen_q, point.heads), (point.seqlen_k, point.heads_kv)
+        inputs = normal(*q_shape), normal(*k_shape), normal(*k_shape)
+        if point.direction == "fwd":
+            return Tensors(*inputs)
+        return Tensors(*(tensor.requires_grad_() for tensor in inputs), dout=normal(*q_shape))
 
     def gemm(self, dtype):
         """A GEMM, the machine's own measure of what its tensor cores give in this run."""
@@ -138,7 +149,11 @@ def plan_turn(runnable, device):
     launches = min(MAX_LAUNCHES, max(MIN_LAUNCHES, round(BURST_MS / gpu_ms)))
     warmup = min(MAX_LAUNCHES, max(1, round(WARMUP_MS / gpu_ms)))
     behind_ms = host_ms * HOST_MARGIN - gpu_ms
-    return Turn(launches, warmup, max(0.0, behind_ms * (launches + warmup)))
+    if behind_ms <= 0:
+        return Turn(launches, warmup, 0.0)
+    most = QUEUED_KERNELS // (2 * runnable.kernels)
+    launches, warmup = min(launches, most), min(warmup, most)
+    return Turn(launches, warmup, behind_ms * (launches + warmup))
 
 
 def take_turns(names, rounds, rng, turn, failed):

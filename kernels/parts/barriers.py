@@ -52,6 +52,11 @@ def filling(at, offset=0):
     return pipeline.PipelineState(at.stages, at.count, at.index + offset, at.phase ^ 1)
 
 
+def before(at):
+    """A consumer's place one stage earlier; for releasing that, where only the stage counts."""
+    return pipeline.PipelineState(at.stages, at.count, (at.index + at.stages - 1) % at.stages, at.phase)
+
+
 @cute.jit
 def lend(ring, at):
     """Producer warp: leaves a stage, once it is empty, to the consumers to write to; returns the next place."""

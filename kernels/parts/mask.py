@@ -42,6 +42,18 @@ class RightMask:
             unmasked = min(unmasked, max(0, first_visible - 1) // self.tile_n)
         return stop, unmasked
 
+    @cute.jit
+    def query_tiles(self, n):
+        """(first, stop): the tiles of queries that see a key of tile n; none if first isn't below stop."""
+        first, stop = Int32(0), cute.ceil_div(self.seqlen_q, self.tile_m)
+        if cutlass.const_expr(self.causal):
+            first = max(0, n * self.tile_n - (self.seqlen_k - self.seqlen_q)) // self.tile_m
+        return first, stop
+
+    def cuts(self, m, n):
+        """Whether a query of tile m doesn't see a key of tile n."""
+        return self.visible(m * self.tile_m) < (n + 1) * self.tile_n
+
     def visible(self, row):
         """The keys that query `row` sees are those below this number, which may be negative or over seqlen_k."""
         return row + (self.seqlen_k - self.seqlen_q + 1) if self.causal else self.seqlen_k
@@ -63,3 +75,25 @@ class RightMask:
                 for b in cutlass.range_constexpr(min(WORD, len(row) - w)):
                     i = row[w + b]
                     s[i] = s[i] if bits & (1 << b) else -Float32.inf
+
+    @cute.jit
+    def apply_transposed(self, S: cute.Tensor, first_key, first_query, thread):
+        """`apply` for S with a row for each key, first_key + row_in_tile(...), and a column for each query.
+
+        With a causal mask a key is hidden from the first queries, else from all or none.
+        """
+        s = wgmma.flat(S)
+        for r in cutlass.range_constexpr(2):
+            row, key = row_of(S, r), first_key + wgmma.row_in_tile(thread, r)
+            if cutlass.const_expr(self.causal):
+                left = key - (self.seqlen_k - self.seqlen_q) - first_query - 2 * (thread % 4)
+                count = (left >> 3) * 2 + min(left & 7, 2)
+                for w in cutlass.range_constexpr(0, len(row), WORD):
+                    bits = (Int32(1) << min(max(count - w, 0), WORD)) - 1
+                    for b in cutlass.range_constexpr(min(WORD, len(row) - w)):
+                        i = row[w + b]
+                        s[i] = -Float32.inf if bits & (1 << b) else s[i]
+            else:
+                hidden = key >= self.seqlen_k
+                for i in row:
+                    s[i] = -Float32.inf if hidden else s[i]

@@ -6,6 +6,7 @@ from cutlass import Float32, Int32
 
 from . import wgmma
 
+DTYPES = {"fp16": cutlass.Float16, "bf16": cutlass.BFloat16}
 PTX = {cutlass.Float16: "cvt.rn.f16x2.f32", cutlass.BFloat16: "cvt.rn.bf16x2.f32"}
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, pipeline
+from cutlass import Boolean, Constexpr, Float32, pipeline
+from cutlass.cute.nvgpu import cpasync
 
 from . import barriers, tiles
 
@@ -23,11 +24,15 @@ class TmaSource:
         return cls(ring, atom, *tiles.partition(atom, shared, tensor, head, batch))
 
     @cute.jit
-    def bring(self, n, at):
-        """Waits until the stage at `at` is empty and starts the load of tile n into it; returns the next place."""
+    def bring(self, n, at, beside=None):
+        """Waits until the stage at `at` is empty and starts the load of tile n into it, and of what a RowSource has beside it;
+        returns the next place.
+        """
         self.ring.producer_acquire(at)
         barrier = self.ring.producer_get_barrier(at)
         cute.copy(self.atom, self.tiles[None, n], self.stages[None, at.index], tma_bar_ptr=barrier)
+        if cutlass.const_expr(beside is not None):
+            beside.bring(n, at, barrier)
         at.advance()
         return at
 
@@ -35,6 +40,25 @@ class TmaSource:
     def prefetch(self, n):
         """Has tile n fetched into the L2 cache."""
         cute.prefetch(self.atom, self.tiles[None, n])
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """The fp32 numbers that one head has for each row, such as LSE: a tile's lie in one piece."""
+
+    tiles: cute.Tensor  # (rows of a tile, tile) global memory
+    stages: cute.Tensor  # (rows of a tile, stage) shared memory
+
+    @classmethod
+    def of_head(cls, tensor, shared, head, batch):
+        return cls(cute.zipped_divide(tensor[batch, head, None], (shared.shape[0],)), shared)
+
+    @cute.jit
+    def bring(self, n, at, barrier):
+        """Starts the load of tile n's numbers into the stage at `at`, which counts for that barrier."""
+        atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
+        if cute.arch.lane_idx() == 0:
+            cute.copy(atom, self.tiles[None, n], self.stages[None, at.index], mbar_ptr=barrier)
 
 
 @dataclass(frozen=True)

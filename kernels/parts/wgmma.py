@@ -10,9 +10,9 @@ import cutlass.cute as cute
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
 
-def operation(dtype, n, b_major, a_source):
-    """The WGMMA of A (64, k) times B (n, k): K-major A, fp32 accumulators."""
-    return warpgroup.MmaF16BF16Op(dtype, cutlass.Float32, (64, n, 16), a_source, OperandMajorMode.K, b_major)
+def operation(dtype, n, b_major, a_source, a_major=OperandMajorMode.K):
+    """The WGMMA of A (64, k) times B (n, k): fp32 accumulators."""
+    return warpgroup.MmaF16BF16Op(dtype, cutlass.Float32, (64, n, 16), a_source, a_major, b_major)
 
 
 @cute.jit
@@ -40,10 +40,19 @@ def load_operand(op: cutlass.Constexpr, fragment: cute.Tensor, shared: cute.Tens
 @cute.jit
 def store_accumulator(op: cutlass.Constexpr, acc: cute.Tensor, shared: cute.Tensor, thread):
     """An accumulator, rounded to the type of a shared-memory tile, into that tile, by stmatrix."""
-    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), shared.element_type)
-    copy = cute.make_tiled_copy_C(atom, cute.make_tiled_mma(op)).get_slice(thread)
     rounded = cute.make_rmem_tensor(acc.layout, shared.element_type)
     rounded.store(acc.load().to(shared.element_type))
+    store_rounded(op, rounded, shared, thread, transposed=False)
+
+
+@cute.jit
+def store_rounded(op: cutlass.Constexpr, rounded: cute.Tensor, shared: cute.Tensor, thread, transposed: cutlass.Constexpr[bool]):
+    """A fragment of fp16 or bf16 that lies as an accumulator does into a shared-memory tile, by stmatrix.
+
+    transposed: where the tile's rows, and not its columns, are contiguous.
+    """
+    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transposed, 4), shared.element_type)
+    copy = cute.make_tiled_copy_C(atom, cute.make_tiled_mma(op)).get_slice(thread)
     cute.copy(copy, copy.retile(rounded), copy.partition_D(shared))
 
 
@@ -60,6 +69,16 @@ def row_in_tile(thread, half):
 def flat(fragment):
     """A fragment as one compact vector, element i as in this file's first paragraph."""
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
+
+
+def size(fragment):
+    """A thread's elements of a fragment."""
+    return cute.size(fragment)
+
+
+def by_columns(numbers, thread):
+    """(2, N/8): of one number for each column of an accumulator, those of this thread's columns."""
+    return cute.make_tensor(numbers.iterator + 2 * (thread % 4), cute.make_layout((2, cute.size(numbers) // 8), stride=(1, 8)))
 
 
 def columns(fragment, part, parts):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,17 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # perf is run from the repository root, not installed
 
-from perf import PerfError, peers, report, results, runner, stamps, suites, sweep, table, timing  # noqa: E402
+from perf import PerfError, once, peers, report, results, runner, stamps, suites, sweep, table, timing, variants  # noqa: E402
 from perf.__main__ import main  # noqa: E402
 from perf.suites import Point  # noqa: E402
+from perf.timing import CudaDevice  # noqa: E402
+
+from fa3 import attention, jit, plan, reference  # noqa: E402
+from fa3.kernels.configs import BackwardConfig, ForwardConfig  # noqa: E402
 
 SQUARE = Point(64, False, 1, 512, 512, 4, 4)
 CAUSAL = Point(64, True, 2, 1024, 1024, 4, 4)
+BACKWARD = dataclasses.replace(SQUARE, direction="bwd")
 
 
 # ---------------------------------------------------------------- suites
@@ -55,6 +60,7 @@ def test_paper_grid():
 def test_paper_grid_is_the_targets_grid():
     targets = table.targets()
     assert {point for point in targets if point.direction == "fwd"} == set(suites.PAPER)
+    assert {point for point in targets if point.direction == "bwd"} == set(suites.select("paper", direction="bwd"))
     assert targets[Point(64, False, 32, 512, 512, 32, 32)] == 1.221  # from the file
 
 
@@ -73,6 +79,13 @@ def test_flops_of_the_papers_points():
     assert Point(128, False, 1, 16384, 16384, 16, 16).flops() == 4 * 16384**2 * 128 * 16
     assert Point(128, True, 1, 16384, 16384, 16, 16).flops() == 2 * 16384**2 * 128 * 16
     assert Point(128, False, 1, 512, 512, 16, 16, direction="bwd").flops() == 2.5 * 4 * 512**2 * 128 * 16
+    assert Point(128, True, 1, 512, 512, 16, 16, direction="bwd").flops() == 2.5 * 2 * 512**2 * 128 * 16
+
+
+def test_tensor_bytes():
+    assert {point.tensor_bytes() for point in suites.PAPER} == {4 * 16384 * 2048 * 2}
+    assert Point(128, True, 1, 8, 4, 6, 2).tensor_bytes() == 2 * (8 * 6 + 4 * 2) * 128 * 2
+    assert {point.tensor_bytes() for point in suites.select("paper", direction="bwd")} == {8 * 16384 * 2048 * 2}
 
 
 def test_shapes_suite_has_what_it_is_for():
@@ -227,6 +240,17 @@ def test_a_head_start_covers_a_slow_host():
     assert timing.plan_turn(timing.Runnable(Call(0.1, 0.05), nullcontext), FakeDevice()).head_start_ms == 0
 
 
+def test_a_burst_behind_a_head_start_fits_into_the_queue():
+    slow_host = Call(0.02, 0.1)
+    for kernels, most in ((1, 500), (2, 250), (8, 62)):
+        turn = timing.plan_turn(timing.Runnable(slow_host, nullcontext, kernels), FakeDevice())
+        assert (turn.launches, turn.warmup) == (most, most)  # 25 ms would be 1250
+        assert (turn.launches + turn.warmup) * kernels <= 1000
+        assert turn.head_start_ms >= 2 * most * (0.1 - 0.02)
+    turn = timing.plan_turn(timing.Runnable(Call(0.4, 0.1), nullcontext, 8), FakeDevice())
+    assert turn == (62, 50, 0.0)  # who never runs empty may wait for the queue
+
+
 class FakeTorch:
     """What CudaDevice calls in torch.cuda, writing down the order; its GPU time is what has been launched between events."""
 
@@ -269,6 +293,22 @@ def test_cuda_device_times_what_it_should(monkeypatch):
     torch.log.clear()
     assert device.enqueue(call, 2) == pytest.approx(2.0)
     assert torch.log == ["wait", "clock", "call", "call", "clock", "wait"]  # the clock stops before the GPU is waited for
+
+
+def cpu_tensors(point):
+    device = CudaDevice()
+    device.torch = types.SimpleNamespace(randn=lambda shape, device, dtype: torch.randn(shape, dtype=dtype))
+    return device.tensors(point)
+
+
+def test_tensors_of_a_point():
+    point = Point(64, True, 2, 24, 16, 4, 2, "fp16")
+    q, k, v, dout = cpu_tensors(point)
+    assert dout is None and not (q.requires_grad or k.requires_grad or v.requires_grad)
+    q, k, v, dout = cpu_tensors(dataclasses.replace(point, direction="bwd"))
+    assert q.requires_grad and k.requires_grad and v.requires_grad and not dout.requires_grad
+    assert q.shape == dout.shape == (2, 24, 4, 64) and k.shape == v.shape == (2, 16, 2, 64)
+    assert {tensor.dtype for tensor in (q, k, v, dout)} == {torch.float16}
 
 
 def test_providers_take_turns_in_changing_order():
@@ -361,6 +401,30 @@ def test_a_wrong_output_is_flagged(tmp_path, output, differs):
     assert ("! the output of fa3 differs from that of cudnn" in shown.getvalue()) is differs
 
 
+@pytest.mark.parametrize(
+    "gradients, output",
+    [
+        ((1.001, 1, 1), None), ((1, 1, 1.5), "dv"), ((1.1, 1.2, 1), "dk"),
+        ((1.5, float("nan"), 1), "dk"), ((float("nan"), 9, 1), "dq"),
+    ],  # fmt: skip
+)
+def test_a_wrong_gradient_is_flagged_by_name(tmp_path, gradients, output):
+    right = (1.0, 1.0, 1.0)
+    providers = [Fake("fa3", lambda p: Call(0.5, output=gradients)), Fake("cudnn", lambda p: Call(1.0, output=right))]
+    data, printed = bench(tmp_path, providers, points=[BACKWARD])
+    differs = data["records"][0]["results"]["fa3"].get("differs")
+    assert (differs and differs["output"]) == output
+    assert (f"{output} of fa3 differs from that of cudnn" in printed) is (output is not None)
+    assert (f"! {output} of fa3 differs from that of cudnn" in shown(data)) is (output is not None)
+
+
+def test_a_backward_call_is_many_kernels(tmp_path):
+    device = FakeDevice()
+    bench(tmp_path, [Fake("fa3", lambda p: Call(0.02, host_ms=0.1, output=(1.0, 1.0, 1.0)))], device, points=[BACKWARD])
+    bursts = [launches for call, launches, warmup, _ in device.bursts if call.gpu_ms == 0.02 and warmup]
+    assert bursts == [62] * 5
+
+
 def test_a_lost_gpu_ends_the_run_and_keeps_what_was_measured(tmp_path):
     device = FakeDevice()
 
@@ -385,6 +449,12 @@ def test_host_suite(tmp_path):
     shown = io.StringIO()
     table.show(data, Console(file=shown))
     assert "17.0" in shown.getvalue() and "3.000" in shown.getvalue()
+
+
+def test_host_suite_in_the_backward_direction_has_no_graph(tmp_path):
+    provider = Fake("fa3", lambda p: Call(0.004, host_ms=0.017, output=(1.0, 1.0, 1.0)))
+    data, _ = bench(tmp_path, [provider], suite="host", points=suites.select("host", direction="bwd"))
+    assert [record["measure"] for record in data["records"]] == ["host", "host"]
 
 
 # ---------------------------------------------------------------- peers
@@ -419,13 +489,68 @@ def test_sdpa_computes_the_same_problem(provider, q, k, causal):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, q, 4, 64), (2, k, 2, 64), (2, k, 2, 64)]
     tensors = peers.Tensors(*(torch.randn(shape, generator=generator) for shape in shapes))
-    keys, values = (tensor.repeat_interleave(2, dim=2) for tensor in tensors[1:])
+    keys, values = (tensor.repeat_interleave(2, dim=2) for tensor in tensors[1:3])
     scores = torch.einsum("bqhd,bkhd->bhqk", tensors.q, keys) / 8
     if causal:
         scores += torch.full((q, k), float("-inf")).triu(k - q + 1)
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
     got = peers.PROVIDERS[provider].make(point, tensors)()
     assert timing.CudaDevice().relative_difference(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("provider", ["fa3", "cudnn", "fa2"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_backward_gives_the_gradients_and_can_be_repeated(provider, causal, monkeypatch):
+    """On the CPU: torch's other backends, and a stub that returns a tuple, as flash-attn-4 does."""
+    monkeypatch.setattr(peers.ScaledDotProductAttention, "context", lambda self: nullcontext())
+    stub, forwards = types.ModuleType("fa3"), []
+    stub.flash_attn_func = lambda q, k, v, *, causal: forwards.append(1) or reference.attention(q, k, v, causal=causal)
+    if provider == "fa3":
+        monkeypatch.setitem(sys.modules, "fa3", stub)
+    point = Point(64, causal, 2, 48, 48, 4, 2, direction="bwd")
+    inputs = [torch.randn(2, 48, heads, 64, requires_grad=True) for heads in (4, 2, 2)]
+    tensors = peers.Tensors(*inputs, torch.randn(2, 48, 4, 64))
+    expected = torch.autograd.grad(reference.attention(*inputs, causal=causal)[0], inputs, tensors.dout)
+    call = peers.PROVIDERS[provider].make(point, tensors)
+    for _ in range(2):
+        for got, wanted in zip(call(), expected, strict=True):
+            assert got.shape == wanted.shape
+            assert timing.CudaDevice().relative_difference(got, wanted) < 1e-5
+    assert forwards == [1] * (provider == "fa3")  # it ran before, and is no part of the call
+    assert all(tensor.grad is None for tensor in inputs)
+
+
+def test_a_backward_runs_its_forward_in_the_providers_context():
+    class Peer(peers.Provider):
+        held = False
+
+        @contextmanager
+        def context(self):
+            self.held = True
+            yield
+            self.held = False
+
+        def forward(self, point, tensors):
+            return lambda: tensors.q * tensors.k * tensors.v if self.held else pytest.fail("outside of the context")
+
+    tensors = peers.Tensors(*(torch.tensor(number, requires_grad=True) for number in (2.0, 3.0, 5.0)), torch.tensor(10.0))
+    assert Peer().make(BACKWARD, tensors)() == (150, 100, 60)
+
+
+def test_a_forward_only_package_is_left_out_of_the_backward(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", types.SimpleNamespace(flash_attn_func=pytest.fail))
+    with pytest.raises(peers.Unsupported, match="no backward"):
+        peers.PROVIDERS["fa3-pypi"].make(BACKWARD, peers.Tensors("q", "k", "v", "dout"))
+    providers = [Fake("fa3", lambda p: Call(0.5, output=(1.0, 1.0, 1.0))), peers.PROVIDERS["fa3-pypi"]]
+    data, printed = bench(tmp_path, providers, points=[BACKWARD])
+    assert list(data["records"][0]["results"]) == ["fa3"] and "no backward" in printed
+
+
+def test_the_backwards_config_line_is_its_plan(monkeypatch):
+    monkeypatch.setattr(attention, "device_of", lambda device: plan.Device())
+    point = Point(128, True, 1, 512, 512, 16, 16, "fp16", "bwd")
+    line = peers.PROVIDERS["fa3"].config_line(point, peers.Tensors(*[types.SimpleNamespace(device=None)] * 4))
+    assert line.startswith("BackwardConfig(dtype='fp16', head_dim=128, mask='causal'")
 
 
 def test_cudnn_refuses_another_mask_alignment():
@@ -447,7 +572,7 @@ def test_sdpa_is_held_to_one_backend():
 def a_run(points=suites.PAPER, suite="paper", speeds=None, spread=0.005):
     """A complete run in which provider p takes flops / speeds[p]; a speed is TFLOP/s or a function of the point."""
     data = empty_run(suite, dtypes={point.dtype for point in points})
-    data["complete"] = True
+    data.update(complete=True, direction=points[0].direction)
     for point in points:
         measured = {}
         for name, speed in (speeds or {"fa3": 600, "fa4": 560, "cudnn": 500}).items():
@@ -516,6 +641,8 @@ def test_names_never_collide(tmp_path):
     data["machine"]["gpu"] = "NVIDIA H100 80GB HBM3"
     data["protocol"]["dtypes"] = ["bf16", "fp16"]
     assert results.default_path(data, tmp_path).name == "2026-11-22-paper-fwd-fp16-h100.json"
+    backward = a_run(suites.select("paper", direction="bwd"))
+    assert results.default_path(backward, tmp_path).name == "2026-11-22-paper-bwd-h200.json"
 
 
 def test_fingerprint_follows_the_sources(tmp_path):
@@ -586,6 +713,15 @@ def test_noise_is_no_slide_but_is_mentioned(tmp_path, capsys):
     assert code == 0 and "within noise: measure again" in printed and point.label() in printed
 
 
+def test_backward_runs_compare_with_backward_runs(tmp_path, capsys):
+    points = suites.select("paper", direction="bwd")
+    slower = {"fa3": only(points[20], 0.96), "fa4": 560, "cudnn": 500}
+    code, printed = compared(tmp_path, capsys, a_run(points), a_run(points, speeds=slower))
+    assert code == 1 and "36 points compared, 1 slid" in printed and points[20].label() in printed
+    assert main(["compare", str(tmp_path / "old.json"), saved(tmp_path, "forward.json", a_run())]) == 2
+    assert "no point in common" in capsys.readouterr().err
+
+
 def test_many_small_slides_are_one(tmp_path, capsys):
     old, new = a_run(), a_run(speeds={"fa3": 582, "fa4": 560, "cudnn": 500})  # 3 % slower everywhere, each within noise
     for run in (old, new):
@@ -644,6 +780,29 @@ def test_table_has_the_ratios_and_the_mark():
     assert shown(data).splitlines()[4].split()[-1] == "gemm"
 
 
+def test_the_backwards_bars():
+    marks, points = table.targets(), suites.select("paper", direction="bwd")
+
+    def run(ours):
+        return shown(a_run(points, speeds={"fa3": lambda p: 500 * ours(p), "fa4": 500})).splitlines()
+
+    def words(lines):
+        return Counter(line.split()[-1] for line in lines if line.split()[1:2] in (["full"], ["causal"]))
+
+    well = run(lambda p: max(1.06 * marks[p], 1.36 if table.held_to_fa4(p) else 0))
+    assert words(well) == {"ok": 36}
+    assert "bar, mark 1.01: reached at 36 of 36 points" in well
+    assert [line for line in well if line.startswith("bar, mark 1.05 in the geometric mean: reached, 1.0")]
+    assert "bar, fa3/fa4 1.35 at head_dim 256 from 2048 up: reached at 8 of 8 points, lowest 1.360" in well
+    level = run(lambda p: marks[p] * (1.005 if p == points[0] else 1.02))  # d 256: 1.31 x FA4 at most
+    assert words(level) == {"ok": 27, "--": 9}
+    assert "bar, mark 1.01: reached at 35 of 36 points" in level
+    assert [line for line in level if line.startswith("bar, mark 1.05 in the geometric mean: not reached, 1.020")]
+    assert [line for line in level if line.startswith("bar, fa3/fa4 1.35") and "reached at 0 of 8 points" in line]
+    assert not [line for line in shown(a_run()).splitlines() if line.startswith("bar,")]
+    assert max(len(line.rstrip()) for line in well + level) < 120
+
+
 def test_table_means_and_widths():
     speeds = {"fa3": only(suites.PAPER[0], 2), "cudnn": 500, "fa2": 300, "fa4": 600, "fa3-pypi": 550}
     fp16 = suites.select("paper", dtypes=["bf16", "fp16"])
@@ -666,12 +825,13 @@ def test_odd_and_grouped_points_are_held_against_their_base():
     assert "lowest fa3/base: 0.900 at fwd bf16 d64 full b4 s4097 h32" in text
 
 
-def test_report_draws_every_panel(tmp_path):
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_report_draws_every_panel(tmp_path, direction):
     image = pytest.importorskip("PIL.Image")
-    data = a_run()
+    data = a_run(suites.select("paper", direction=direction))
     path, out = saved(tmp_path, "run.json", data), tmp_path / "charts"
     assert main(["report", path, "--out", str(out)]) == 0
-    expected = {f"fwd-bf16-d{d}-{mask}.png" for d in (64, 128, 256) for mask in ("causal", "full")} | {"overview.png"}
+    expected = {f"{direction}-bf16-d{d}-{mask}.png" for d in (64, 128, 256) for mask in ("causal", "full")} | {"overview.png"}
     assert {file.name for file in out.iterdir()} == expected
     for file in out.iterdir():
         with image.open(file) as drawn:
@@ -683,6 +843,7 @@ def test_report_draws_every_panel(tmp_path):
 def test_report_titles():
     data = a_run()
     assert report.title_of(Point(128, True, 4, 4096, 4096, 16, 16), data) == "Forward, head dim 128, causal (H200, bf16)"
+    assert report.title_of(dataclasses.replace(BACKWARD, dtype="fp16"), data) == "Backward, head dim 64, 4 heads (H200, fp16)"
     assert report.title_of(Point(128, True, 4, 4096, 4096, 32, 8), data) == "Forward, head dim 128, causal, 32:8 heads (H200, bf16)"
 
 
@@ -719,7 +880,7 @@ def test_run_on_another_gpu(monkeypatch, capsys):
         (["--head-dim", "100"], "no [100]"),
         (["--dtype", "fp8"], "bf16, fp16"),
         (["--rounds", "0"], "positive integer"),
-        (["--direction", "bwd"], "invalid choice"),
+        (["--direction", "both"], "invalid choice"),
         (["--seqlen", "1k"], "integers"),
     ],
 )
@@ -757,6 +918,29 @@ def test_run_from_end_to_end(monkeypatch, tmp_path, capsys):
     assert "none of the requested providers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_a_run_of_a_direction(monkeypatch, tmp_path, direction):
+    """Autograd is on in the backward direction only; the file's name has the direction."""
+    monkeypatch.setattr(runner, "require_hopper", lambda: None)
+    monkeypatch.setattr(results, "machine", lambda: {"gpu": "NVIDIA H200"})
+    monkeypatch.setattr(results, "default_path", lambda data, path=results.default_path: path(data, tmp_path))
+    monkeypatch.setattr(timing, "CudaDevice", FakeDevice)
+    grad_enabled = []
+
+    def make(point):
+        grad_enabled.append(torch.is_grad_enabled())
+        return Call(0.5, output=(1.0, 1.0, 1.0))
+
+    monkeypatch.setitem(peers.PROVIDERS, "fa3", Fake("fa3", make))
+    assert main(["run", "--direction", direction, "--providers", "fa3", "--head-dim", "128", "--rounds", "2"]) == 0
+    assert grad_enabled == [direction == "bwd"] * 12
+    [path] = tmp_path.iterdir()
+    data = results.read(path)
+    assert f"-paper-{direction}-h200" in path.name and data["direction"] == direction
+    assert {point.direction for _, point in results.by_problem(data)} == {direction}
+    assert data["protocol"]["kernels_per_call"] == {"fwd": 2, "bwd": 8}[direction]
+
+
 def test_a_given_commit_is_believed_over_the_copys_own_history(monkeypatch):
     monkeypatch.setattr(results, "git", lambda *arguments: "history" if arguments[0] == "rev-parse" else " M file")
     assert results.source("given") == {**results.source("given"), "commit": "given", "dirty": None}
@@ -772,6 +956,71 @@ def test_a_sweeps_point_is_all_combinations_that_a_gpu_could_run():
     assert len({v.name for v in variants}) == len(variants)
     with pytest.raises(PerfError, match="no field tilen; there are dtype"):
         sweep.parse("64 none: tilen=128", "bf16")
+
+
+def test_a_backward_sweeps_point():
+    head_dim, causal, found = sweep.parse("128 causal: q_stages=1,2 deterministic=False,True", "fp16", "bwd")
+    assert (head_dim, causal, len(found)) == (128, True, 4)
+    assert {(v.config.q_stages, v.config.deterministic) for v in found} == {(s, d) for s in (1, 2) for d in (False, True)}
+    assert {(v.config.dtype, v.config.mask) for v in found} == {("fp16", "causal")}
+    tile = f"{BackwardConfig.tile_m}x{BackwardConfig.tile_n}"
+    assert {f"{tile} q_stages=1", f"{tile} deterministic=True"} < {v.name for v in found} and len({v.name for v in found}) == 4
+    for wrong in ("pingpong=True", "heads=all"):
+        with pytest.raises(PerfError, match=f"no field {wrong.split('=')[0]}; there are dtype"):
+            sweep.parse(f"64 none: {wrong}", "bf16", "bwd")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_backward_variant_calls_the_kernel_as_agreed(monkeypatch, deterministic):
+    launches = []
+    monkeypatch.setattr(jit, "get", lambda config: lambda *arguments: launches.append(arguments))
+    point = Point(64, True, 2, 300, 200, 4, 2, direction="bwd")
+    tensors = cpu_tensors(point)
+    config = BackwardConfig(head_dim=64, mask="causal", tile_m=128, deterministic=deterministic)
+    call = variants.BackwardVariant(config).make(point, tensors)
+    returned = call()
+    [(q, k, v, out, dout, lse, dq, dk, dv, dq_accum, lse_log2, delta, semaphore, scale)] = launches
+    assert all(a.data_ptr() == b.data_ptr() and not a.requires_grad for a, b in zip((q, k, v, dout), tensors))
+    expected_out, expected_lse = reference.attention(q, k, v, causal=True)
+    assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse) and scale == 64**-0.5
+    assert all(a is b for a, b in zip(returned, (dq, dk, dv)))
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+    assert lse_log2.shape == delta.shape == (2, 4, 384) and dq_accum.numel() == 2 * 4 * 384 * 64
+    assert {t.dtype for t in (lse, lse_log2, delta, dq_accum)} == {torch.float32}
+    assert (semaphore is not None) is deterministic
+    if deterministic:
+        assert semaphore.dtype == torch.int32
+        semaphore.fill_(7)
+    call()
+    assert launches[1][9] is dq_accum  # allocated once
+    assert not deterministic or not semaphore.any()  # and zeroed for each launch
+
+
+def test_one_launch_of_a_backward_config(monkeypatch):
+    launches = []
+    monkeypatch.setattr(jit, "get", lambda config: lambda *arguments: launches.append((config, arguments)))
+    short = types.SimpleNamespace(tensors=lambda point: cpu_tensors(dataclasses.replace(point, seqlen_q=9, seqlen_k=9)))
+    monkeypatch.setattr(timing, "CudaDevice", lambda: short)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: launches.append("waited"))
+    config = BackwardConfig(head_dim=64, mask="causal", dtype="fp16", tile_m=128)
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: once.main(*command[-2:]) or done)
+    sweep.try_one(config)  # to the command line and back
+    (launched, arguments), waited = launches
+    assert launched == config and waited == "waited"
+    assert arguments[0].dtype == torch.float16 and arguments[0].shape[2:] == (14, 64)
+
+
+def test_a_forward_variant_launches_its_config(monkeypatch):
+    launches = []
+    monkeypatch.setattr(jit, "get", lambda config: lambda *arguments: launches.append((config, arguments)))
+    monkeypatch.setattr(variants, "device_of", lambda device: plan.Device())
+    for lse in (False, True):
+        config = ForwardConfig(head_dim=64, mask="causal", lse=lse, scheduler="persistent")
+        variants.ForwardVariant(config, "all").make(CAUSAL, cpu_tensors(CAUSAL))()
+        launched, arguments = launches[-1]
+        assert launched == config and (arguments[4] is not None) is lse
+        assert arguments[6] == CAUSAL.heads * CAUSAL.batch  # the head group
 
 
 def test_a_sweep_shows_its_variants_as_rows():

@@ -1,0 +1,76 @@
+"""fa3::forward and fa3::backward: the operators that stand for an attention in a graph of torch.compile or torch.export.
+
+Eager calls don't take this way: dispatching an operator costs the host about what a whole call does. A copy of this package
+under another name has operators of that name.
+"""
+
+import torch
+
+from .attention import CALLS_REMEMBERED, backward_of, find_call
+from .launch import Launch
+from .plan import backward_config
+from .problem import DTYPES, Problem, check_gradient
+
+FORWARD, BACKWARD = f"{__package__}::forward", f"{__package__}::backward"
+DEVICES = ("cpu", "cuda")
+OFF = (None, None, None, None, (-1, -1), 0, 0.0, 1, None)  # flash_attn_func's options from qv to pack_gqa
+
+torch.library.define(
+    FORWARD,
+    "(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, bool deterministic, int sm_margin) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    BACKWARD,
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float softmax_scale, bool causal, bool deterministic)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(FORWARD, DEVICES)
+def forward(q, k, v, softmax_scale, causal, deterministic, sm_margin):
+    """(out, lse) of flash_attn_func, and its errors: what lies in memory is only known here."""
+    call = find_call(q, k, v, (softmax_scale, causal, *OFF, deterministic, sm_margin, True), operator=True)
+    return call(q, k, v, keep=False) if isinstance(call, Launch) else call(q, k, v)
+
+
+@torch.library.register_fake(FORWARD)
+def forward_shapes(q, k, v, softmax_scale, causal, deterministic, sm_margin):
+    batch, seqlen_q, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+
+
+@torch.library.impl(BACKWARD, DEVICES)
+def backward(dout, q, k, v, out, lse, softmax_scale, causal, deterministic):
+    """(dq, dk, dv), contiguous. Strides are free here: what TMA can't read is copied."""
+    tensors = dout, q, k, v, out, lse
+    key = (*((t.shape, t.dtype, t.device) for t in tensors), softmax_scale, causal, deterministic)
+    call = BACKWARD_CALLS.get(key)
+    if call is None:
+        check_gradient(dout, q, out, lse)
+        problem = Problem.of(
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            deterministic=deterministic,
+            sm_margin=0,
+            lse=True,
+            unsupported={},
+        )
+        if len(BACKWARD_CALLS) >= CALLS_REMEMBERED:
+            BACKWARD_CALLS.clear()
+        call = BACKWARD_CALLS[key] = backward_of(problem, q.device)
+    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    call(*tensors, *gradients)
+    return gradients
+
+
+BACKWARD_CALLS = {}  # as attention.CALLS
+
+
+@torch.library.register_fake(BACKWARD)
+def backward_shapes(dout, q, k, v, out, lse, softmax_scale, causal, deterministic):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))

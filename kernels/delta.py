@@ -1,0 +1,74 @@
+"""What the backward needs beforehand: delta = rowsum(dO ∘ O) and the LSE in powers of 2, a number for each query, and dQ's zeros.
+
+delta: FlashAttention-2 (arXiv 2307.08691), section 3.1, where it is called D.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32
+from cutlass.cute.nvgpu import cpasync
+
+from .configs import BackwardConfig
+from .parts.softmax import LOG2_E
+
+THREADS = 256
+VECTOR = 8  # fp16 or bf16 numbers that a thread loads at a time
+FP32_VECTOR = 4
+
+
+class DeltaKernel:
+    """A CTA takes tile_m queries of a head, and the rows past the end that their tile has."""
+
+    def __init__(self, config: BackwardConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, stream: cuda.CUstream):
+        """O, dO: (seqlen_q, head_dim, heads, batch); the others as BackwardKernel has them."""
+        tiles = lse_log2.shape[2] // self.config.tile_m
+        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta).launch(
+            grid=[tiles, O.shape[2], O.shape[3]], block=[THREADS, 1, 1], stream=stream, use_pdl=True
+        )
+
+    @cute.kernel
+    def kernel(
+        self, O: cute.Tensor, dO: cute.Tensor, LSE: cute.Tensor, dq_accum: cute.Tensor, lse_log2: cute.Tensor, delta: cute.Tensor
+    ):
+        c = self.config
+        m, head, batch = cute.arch.block_idx()
+        thread = cute.arch.thread_idx()[0]
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        lanes = c.head_dim // VECTOR  # of a row
+        rows = THREADS // lanes  # at a time
+        for i in cutlass.range_constexpr(c.tile_m // rows):
+            row = m * c.tile_m + i * rows + thread // lanes
+            own = Float32(0.0)
+            if row < O.shape[0]:
+                o, do = (self.loaded(x[row, None, head, batch], thread % lanes) for x in (O, dO))
+                for j in cutlass.range_constexpr(VECTOR):
+                    own += o[j].to(Float32) * do[j].to(Float32)
+            own = cute.arch.warp_reduction_sum(own, threads_in_group=lanes)
+            if thread % lanes == 0:
+                lse = Float32.inf  # exp2(S - inf) is 0: for rows past the end, and for those that see nothing
+                if row < O.shape[0]:
+                    lse = LSE[batch, head, row] * Float32(LOG2_E)
+                    lse = Float32.inf if lse == -Float32.inf else lse
+                lse_log2[batch, head, row] = lse
+                delta[batch, head, row] = own
+
+        elements = c.tile_m * c.head_dim
+        zeros = cute.make_rmem_tensor(FP32_VECTOR, Float32)
+        zeros.fill(0.0)
+        own = cute.zipped_divide(dq_accum[batch, head, None], (FP32_VECTOR,))
+        for i in cutlass.range_constexpr(elements // FP32_VECTOR // THREADS):
+            cute.autovec_copy(zeros, own[None, m * (elements // FP32_VECTOR) + i * THREADS + thread])
+
+    @cute.jit
+    def loaded(self, row: cute.Tensor, lane):
+        """A thread's part of a row, in registers."""
+        fragment = cute.make_rmem_tensor(VECTOR, row.element_type)
+        cute.autovec_copy(cute.zipped_divide(row, (VECTOR,))[None, lane], fragment)
+        return fragment

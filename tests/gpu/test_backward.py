@@ -1,0 +1,951 @@
+"""The backward kernels' gradients: accuracy against fp32/fp64 math, every layout and size, bits from run to run, memory, and
+how they live with the rest of PyTorch: autograd, CUDA graphs, streams, torch.compile, operator checks.
+
+A gradient is right when its largest error is at most twice that of plain PyTorch attention's gradient in the same dtype, or
+within SLACK of what fp32 arithmetic makes of its sum's terms (`terms`): with one key, say, dQ and dK are 0 by cancellation,
+and plain attention gets exactly that. `compute-sanitizer --tool memcheck python -m pytest tests/gpu/test_backward.py -k
+small_case` is what to run under compute-sanitizer.
+"""
+
+import concurrent.futures
+import math
+import random
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fa3 import flash_attn_func, flash_attn_qkvpacked_func
+from fa3.reference import attention, plain_attention
+from tests.gpu.test_forward import (
+    BF16, FP16, HEADS, INF, LAYOUTS, LENGTHS, NAN, dtypes, head_dims, inputs, masks, normal, poisoned_memory, same_bits,
+)  # fmt: skip
+from tests.gpu.test_runtime import alone  # noqa: F401 (a fixture)
+
+SLACK = 1e-5  # 84 times fp32's epsilon
+FEW_HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (2, 1)}
+MEGABYTE = 1 << 20
+
+some_heads = pytest.mark.parametrize("heads", HEADS)
+deterministic_or_not = pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+
+
+def gradients(q, k, v, dout, needed="qkv", **options):
+    """Name -> gradient of those of q, k and v that are needed, written into poisoned memory."""
+    leaves = {name: x.detach().requires_grad_(name in needed) for name, x in zip("qkv", (q, k, v))}
+    with poisoned_memory():
+        out = flash_attn_func(**leaves, **options)
+        return dict(zip(needed, torch.autograd.grad(out, [leaves[name] for name in needed], dout)))
+
+
+def by_autograd(attend, q, k, v, dout, dtype):
+    """Name -> gradient of what attend returns, everything in this dtype."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    if not out.requires_grad:  # there was nothing to attend to
+        return {name: torch.zeros_like(x) for name, x in zip("qkv", leaves)}
+    return dict(zip("qkv", torch.autograd.grad(out, leaves, dout.to(dtype))))
+
+
+def terms(q, k, v, dout, causal, softmax_scale, dtype):
+    """Name -> root of the sum of the squares of what an element of its gradient is the sum of, at its largest.
+
+    dV = Σ P dO, and dQ, dK = Σ scale · P (dP - delta) K, Q, with dP and delta each sums over the head dim that may cancel: by
+    them stands the root of the sum of the squares of their own terms. Rounding errors of fp32 are in proportion to it.
+    """
+    heads, heads_kv = q.shape[2], k.shape[2]
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    Q, K, V, dO = (x.to(dtype).transpose(1, 2) for x in (q, k, v, dout))
+    K, V = (x.repeat_interleave(heads // heads_kv, dim=1) for x in (K, V))
+    S = Q @ K.transpose(2, 3) * scale
+    if causal:
+        S = S.masked_fill(~visible(*S.shape[2:], S.device), -INF)
+    P = torch.softmax(S, dim=-1).nan_to_num(0) ** 2
+    dS = 2 * P * (dO**2 @ (V**2).transpose(2, 3))
+    squares = {
+        "q": scale**2 * (dS @ K**2),
+        "k": (scale**2 * (dS.transpose(2, 3) @ Q**2)).unflatten(1, (heads_kv, -1)).sum(2),
+        "v": (P.transpose(2, 3) @ dO**2).unflatten(1, (heads_kv, -1)).sum(2),
+    }
+    return {name: x.max().sqrt().item() for name, x in squares.items()}
+
+
+def visible(seqlen_q, seqlen_k, device):
+    """(seqlen_q, seqlen_k) bool: which keys a query sees under the causal mask."""
+    query, key = torch.arange(seqlen_q, device=device), torch.arange(seqlen_k, device=device)
+    return key <= query[:, None] + seqlen_k - seqlen_q
+
+
+def faults(found, q, k, v, dout, causal=False, softmax_scale=None):
+    """What is wrong with these gradients (name -> tensor): sentences, none where they are right."""
+    wide = torch.float64 if q.shape[1] * k.shape[1] <= 2048**2 else torch.float32
+    options = dict(causal=causal, softmax_scale=softmax_scale)
+    exact = lambda q, k, v: attention(q, k, v, **options, dtype=wide, out_dtype=wide)[0]
+    truth = by_autograd(exact, q, k, v, dout, wide)
+    plain = by_autograd(lambda q, k, v: plain_attention(q, k, v, **options), q, k, v, dout, q.dtype)
+    inputs = dict(q=q, k=k, v=v)
+    wrong, slack = [], None
+    for name, grad in found.items():
+        x = inputs[name]
+        if (grad.shape, grad.dtype, grad.device) != (x.shape, x.dtype, x.device):
+            wrong.append(f"d{name} is {tuple(grad.shape)} {grad.dtype} on {grad.device}, {name} is {tuple(x.shape)} {x.dtype}")
+        elif grad.numel():
+            error = (grad - truth[name]).abs().max().item()
+            bound = 2 * (plain[name] - truth[name]).abs().max().item()
+            assert math.isfinite(bound), f"plain attention's d{name} overflows, so it measures nothing: choose smaller inputs"
+            if not error <= bound:
+                slack = slack or terms(q, k, v, dout, causal, softmax_scale, wide)
+                bound = max(bound, SLACK * slack[name])
+                if not error <= bound:
+                    wrong.append(f"d{name} is off by {error:.3g}, more than {bound:.3g} (largest {truth[name].abs().max():.3g})")
+    blind = q.shape[1] if k.shape[1] == 0 else max(0, q.shape[1] - k.shape[1]) if causal else 0
+    if "q" in found and not (found["q"][:, :blind] == 0).all():
+        wrong.append("dq isn't 0 in rows that see nothing")
+    return wrong
+
+
+def check(q, k, v, dout=None, **options):
+    """Fails with what is wrong with the kernels' gradients; returns them. dout: random by default."""
+    dout = torch.randn(q.shape, device=q.device, dtype=q.dtype) if dout is None else dout
+    found = gradients(q, k, v, dout, **options)
+    assert not faults(found, q, k, v, dout, **{n: options[n] for n in ("causal", "softmax_scale") if n in options})
+    return found
+
+
+def differing(found, want):
+    """Names of the gradients that aren't the same to the last bit."""
+    return [name for name in want if not same_bits(found[name], want[name])]
+
+
+def near(a, b):
+    """Equal but for sums taken in another order: a last place of the dtype, or fp32's error of the larger numbers' sums."""
+    a, b, eps = a.float(), b.float(), torch.finfo(b.dtype).eps
+    return ((a - b).abs() <= eps * b.abs() + SLACK * b.abs().max()).all().item() if b.numel() else a.shape == b.shape
+
+
+# Accuracy: bar 1 of the issue.
+
+
+@dtypes
+@head_dims
+@masks
+@some_heads  # changes slowest, so that workers start on kernels that differ
+def test_every_length(dtype, d, causal, heads):
+    wrong = []
+    for seqlen_q, seqlen_k in LENGTHS:
+        large = seqlen_q == 8192
+        if large and d != 128:
+            continue
+        q, k, v = inputs(1 if large else 2, seqlen_q, seqlen_k, *(FEW_HEADS if large else HEADS)[heads], d, dtype)
+        dout = torch.randn_like(q)
+        found = gradients(q, k, v, dout, causal=causal)
+        wrong += [f"lengths {seqlen_q}, {seqlen_k}: {fault}" for fault in faults(found, q, k, v, dout, causal)]
+        again = gradients(q, k, v, dout, causal=causal)
+        wrong += [f"lengths {seqlen_q}, {seqlen_k}: two runs' d{name} differ" for name in found if not near(again[name], found[name])]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+MORE_LENGTHS = [
+    (1, 4097), (4097, 1), (4097, 64), (64, 4097), (4097, 4097), (5, 2000), (2000, 5), (113, 799), (799, 113), (1023, 113),
+    (113, 1023), (799, 1023), (1, 799), (799, 1), (129, 127), (127, 129), (65, 63), (640, 1), (1, 640),
+]  # fmt: skip
+
+
+@deterministic_or_not
+@head_dims
+@masks
+def test_more_lengths(d, causal, deterministic):
+    wrong = []
+    for i, (seqlen_q, seqlen_k) in enumerate(MORE_LENGTHS):
+        batch = 1 if seqlen_q == seqlen_k else 1 + i % 3
+        q, k, v = inputs(batch, seqlen_q, seqlen_k, 6, 2, d)
+        dout = torch.randn_like(q)
+        found = faults(gradients(q, k, v, dout, causal=causal, deterministic=deterministic), q, k, v, dout, causal)
+        wrong += [f"batch {batch}, lengths {seqlen_q}, {seqlen_k}: {fault}" for fault in found]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("around", [16, 64, 80, 96, 128, 192, 256, 384])
+def test_lengths_beside_a_tiles_edge(around):
+    wrong = []
+    for d in (64, 128, 256):
+        for causal in (False, True):
+            for seqlen_q, seqlen_k in [(around + i, around + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]:
+                q, k, v = inputs(1, seqlen_q, seqlen_k, 2, 1, d)
+                dout = torch.randn_like(q)
+                found = faults(gradients(q, k, v, dout, causal=causal), q, k, v, dout, causal)
+                wrong += [f"d {d}, causal {causal}, lengths {seqlen_q}, {seqlen_k}: {fault}" for fault in found]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@deterministic_or_not
+@masks
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_small_case(d, causal, deterministic):
+    """Several tiles of queries and of keys, none of them full, and two query heads to a K/V head."""
+    check(*inputs(2, 200, 300, 4, 2, d), causal=causal, deterministic=deterministic)
+    check(*inputs(1, 300, 200, 2, 2, d), causal=causal, deterministic=deterministic)  # and rows that see nothing
+
+
+def wide_rows(x):
+    """Rows of a head with room between them."""
+    return torch.nn.functional.pad(x, (0, 72))[..., : x.shape[3]]
+
+
+def every_other_head(x):
+    return x.repeat_interleave(2, dim=2)[:, :, ::2]
+
+
+def heads_before_the_sequence(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def sequence_before_the_batch(x):
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+STORAGES = [torch.clone, wide_rows, every_other_head, heads_before_the_sequence, sequence_before_the_batch]
+
+
+def drawn(seed):
+    """(shape, what q is multiplied by, how q, k, v and dout lie in memory, options, gradients wanted) of a random call."""
+    r = random.Random(seed)
+    length = lambda: int(2 ** r.uniform(0, 11))
+    heads_kv, group = r.choice((1, 2, 3, 5)), r.choice((1, 1, 2, 3, 7))
+    shape = dict(
+        batch=r.randint(1, 3), seqlen_q=length(), seqlen_k=length(), heads=heads_kv * group, heads_kv=heads_kv,
+        d=r.choice((64, 128, 256)), dtype=r.choice((FP16, BF16)),
+    )  # fmt: skip
+    options = dict(
+        causal=r.random() < 0.5, softmax_scale=r.choice((None, None, None, 0.3, -0.2, 0.0)), deterministic=r.random() < 0.3,
+        sm_margin=r.choice((0, 0, 0, 1, 40)),
+    )  # fmt: skip
+    steep = r.choice((1, 1, 1, 5, 40))
+    storages = [r.choice(STORAGES) for _ in range(4)]
+    return shape, steep, storages, options, r.choice(("qkv", "qkv", "qkv", "q", "k", "v", "qk", "qv", "kv"))
+
+
+@pytest.mark.parametrize("five", range(12))
+def test_random_calls(five):
+    wrong = []
+    for seed in range(5 * five, 5 * five + 5):
+        shape, steep, storages, options, needed = drawn(seed)
+        q, k, v = inputs(**shape)
+        q, k, v, dout = (lay(x) for lay, x in zip(storages, (q * steep, k, v, torch.randn_like(q))))
+        found = gradients(q, k, v, dout, needed, **options)
+        case = f"{shape}, q · {steep}, {[lay.__name__ for lay in storages]}, {options}, d{needed}"
+        wrong += [f"{case}: {x}" for x in faults(found, q, k, v, dout, options["causal"], options["softmax_scale"])]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+# Sizes.
+
+
+@masks
+@pytest.mark.parametrize("batch, seqlen_q, seqlen_k, heads", [(0, 5, 7, 4), (2, 0, 7, 4), (2, 5, 0, 4), (2, 0, 0, 4), (2, 5, 7, 0)])
+def test_nothing_in_nothing_out(batch, seqlen_q, seqlen_k, heads, causal):
+    q, k, v = inputs(batch, seqlen_q, seqlen_k, heads, heads // 2, 64)
+    found = gradients(q, k, v, torch.ones_like(q), causal=causal)
+    for name, x in zip("qkv", (q, k, v)):
+        assert found[name].shape == x.shape and found[name].dtype == x.dtype and (found[name] == 0).all()
+    torch.cuda.synchronize()
+
+
+@masks
+@pytest.mark.parametrize("batch, heads", [(700, 100), (70_000, 1), (1, 70_000)])
+def test_seventy_thousand_tiles(batch, heads, causal):
+    q, k, v = inputs(batch, 16, 16, heads, heads, 64)
+    dout = torch.randn_like(q)
+    found = gradients(q, k, v, dout, causal=causal)
+    dim = 0 if batch > 1 else 2
+    for *tensors, dq, dk, dv in zip(*(x.chunk(2, dim) for x in (q, k, v, dout, *found.values()))):
+        assert not faults(dict(q=dq, k=dk, v=dv), *tensors, causal)
+
+
+def check_corners(q, k, v):
+    """Tensors too large for a reference: checks the first and last batch and head."""
+    dout = torch.empty_like(q).normal_()
+    found = gradients(q, k, v, dout)
+    for b in (slice(0, 1), slice(-1, None)):
+        for h in (slice(0, 1), slice(-1, None)):
+            corner = lambda x: x[b, :, h]
+            wrong = faults({n: corner(x) for n, x in found.items()}, *map(corner, (q, k, v, dout)))
+            assert not wrong, f"batch {b}, head {h}: {wrong}"
+
+
+def test_keys_beyond_two_to_the_31_elements(alone):  # noqa: F811
+    q, k, v = inputs(2, 128, 2**17 + 64, 64, 64, 128)
+    assert k.numel() > 2**31
+    check_corners(q, k, v)
+
+
+def test_queries_beyond_two_to_the_31_elements(alone):  # noqa: F811
+    """So many in the fp32 sum of dQ too."""
+    q, k, v = inputs(2, 2**17 + 64, 100, 64, 64, 128)
+    assert q.numel() > 2**31
+    check_corners(q, k, v)
+
+
+@pytest.mark.parametrize("far", ["q and dout", "k and v"])
+def test_one_head_beyond_two_to_the_31_elements(far, alone):  # noqa: F811
+    """The sequence stride alone takes the last row past 2³¹ elements."""
+    storage = torch.empty(2**31 + 2**21, device="cuda", dtype=BF16)
+    one, other = (storage.as_strided((1, 2049, 1, 128), (0, 2**20, 128, 1), i * 128) for i in (0, 1))
+    one.normal_(), other.normal_()
+    if far == "k and v":
+        check(normal(1, 200, 2, 128), one, other)
+    else:
+        check(one, normal(1, 200, 1, 128), normal(1, 200, 1, 128), other)
+
+
+# Layouts.
+
+
+@head_dims
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_layout(layout, d):
+    for causal in (False, True):
+        q, k, v = layout(3, 403, 4, d)
+        options = dict(causal=causal, deterministic=True)
+        dout = torch.randn(q.shape, device=q.device, dtype=q.dtype)
+        found = check(q, k, v, dout, **options)
+        assert not differing(found, gradients(q.contiguous(), k.contiguous(), v.contiguous(), dout, **options))
+
+
+def one_number(x):
+    """What out.sum().backward() passes: stride 0 everywhere."""
+    return x.new_ones(()).expand(x.shape)
+
+
+def one_row_expanded(x):
+    return x[:, :1].expand(x.shape)
+
+
+def one_batch_and_head_expanded(x):
+    return x[:1, :, :1].expand(x.shape)
+
+
+def head_dim_not_contiguous(x):
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def head_dim_first(x):
+    return x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def misaligned(x):
+    """Starts 2 bytes past a multiple of 16."""
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+def odd_strides(x):
+    """Rows that are no multiple of 16 bytes apart."""
+    return torch.nn.functional.pad(x, (0, 4))[..., : x.shape[3]]
+
+
+def backwards(x):
+    """Lazily negated: the memory holds -x."""
+    return torch._neg_view(-x)
+
+
+DOUTS = [
+    *STORAGES[1:], one_number, one_row_expanded, one_batch_and_head_expanded, head_dim_not_contiguous, head_dim_first, misaligned,
+    odd_strides, backwards,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("layout", DOUTS, ids=lambda layout: layout.__name__)
+def test_layout_of_dout(layout, d):
+    """Autograd passes on whatever the next layer's backward returned."""
+    for shape in ((2, 203, 310, 4, 2), (1, 1, 150, 1, 1)):
+        q, k, v = inputs(*shape, d)
+        dout = layout(torch.randn_like(q))
+        found = check(q, k, v, dout, causal=True, deterministic=True)
+        contiguous = dout.resolve_neg().clone(memory_format=torch.contiguous_format)
+        assert not differing(found, gradients(q, k, v, contiguous, causal=True, deterministic=True))
+
+
+@masks
+@pytest.mark.parametrize("reduce", [torch.sum, torch.mean])
+def test_backward_of_a_sum(reduce, causal):
+    leaves = [x.requires_grad_() for x in inputs(2, 203, 310, 4, 2, 128)]
+    out = flash_attn_func(*leaves, causal=causal, deterministic=True)
+    reduce(out).backward()
+    dout = torch.full_like(out, 1 if reduce is torch.sum else 1 / out.numel()).detach()
+    want = gradients(*leaves, dout, causal=causal, deterministic=True)
+    assert not differing({n: x.grad for n, x in zip("qkv", leaves)}, want)
+
+
+@masks
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_qkvpacked_equals_separate(d, causal):
+    options = dict(causal=causal, deterministic=True)
+    qkv = normal(2, 203, 3 * 4, d)
+    for packed, parts, more in (
+        (qkv.view(2, 203, 3, 4, d), lambda x: x.unbind(2), {}),
+        (qkv, lambda x: x.split((8, 2, 2), dim=2), dict(num_heads_q=8)),
+    ):
+        leaf = packed.clone().requires_grad_()
+        out = flash_attn_qkvpacked_func(leaf, **options, **more)
+        dout = torch.randn_like(out)
+        (found,) = torch.autograd.grad(out, leaf, dout)
+        assert found.shape == leaf.shape
+        assert not differing(dict(zip("qkv", parts(found))), check(*parts(packed), dout, **options))
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_gradient_of_an_expanded_head_and_batch(d):
+    """The views' own backward sums what the kernels wrote."""
+    q, (k, v) = normal(3, 150, 4, d), (normal(1, 200, 1, d).requires_grad_() for _ in range(2))
+    wide = [x.expand(3, -1, 4, -1) for x in (k, v)]
+    dout = torch.randn_like(q)
+    found = torch.autograd.grad(flash_attn_func(q, *wide, deterministic=True), (k, v), dout)
+    each = gradients(q, *(x.detach() for x in wide), dout, deterministic=True)
+    for grad, name in zip(found, "kv"):
+        torch.testing.assert_close(grad.float(), each[name].float().sum((0, 2), keepdim=True), rtol=2e-2, atol=2e-2)
+
+
+# Options.
+
+
+@head_dims
+@masks
+@pytest.mark.parametrize("scale", [None, 0.3, 1.0, -0.5, 0.0, 1e-6])
+def test_softmax_scale(scale, causal, d):
+    q, k, v = inputs(2, 150, 203, 4, 2, d)
+    check(q, k, v, causal=causal, softmax_scale=scale)
+    check(k, q[:, :, :2], q[:, :, 2:], causal=causal, softmax_scale=scale)  # 203 queries, some of which see nothing
+
+
+@masks
+def test_a_negative_scale_is_a_negative_query(causal):
+    q, k, v = inputs(2, 203, 300, 4, 2, 128)
+    dout = torch.randn_like(q)
+    options = dict(causal=causal, deterministic=True)
+    found = check(q, k, v, dout, softmax_scale=-0.25, **options)
+    want = gradients(-q, k, v, dout, softmax_scale=0.25, **options)
+    assert not differing({**found, "q": -found["q"]}, want)
+
+
+@masks
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_sm_margin(d, causal):
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    q, k, v = inputs(2, 1023, 1024, 8, 2, d)
+    for margin in (1, 8, sms - 1):
+        check(q, k, v, causal=causal, sm_margin=margin)
+
+
+def test_lse_beside_out():
+    """return_attn_probs changes no gradient, and a loss of the LSE is refused: it isn't differentiable."""
+    leaves = [x.requires_grad_() for x in inputs(2, 203, 310, 4, 2, 128)]
+    out, lse = flash_attn_func(*leaves, causal=True, deterministic=True, return_attn_probs=True)
+    dout = torch.randn_like(out)
+    found = dict(zip("qkv", torch.autograd.grad(out, leaves, dout)))
+    assert not differing(found, gradients(*leaves, dout, causal=True, deterministic=True))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        lse.sum().backward()
+
+
+NEEDS = ["q", "k", "v", "qk", "qv", "kv"]
+
+
+@masks
+@pytest.mark.parametrize("needed", NEEDS)
+def test_only_the_gradients_that_are_needed(needed, causal):
+    """Inputs that don't require grad get none; the others' are what they are when all are taken."""
+    tensors = list(inputs(2, 203, 310, 4, 2, 128))
+    dout = torch.randn_like(tensors[0])
+    leaves = [x.clone().requires_grad_(name in needed) for name, x in zip("qkv", tensors)]
+    flash_attn_func(*leaves, causal=causal, deterministic=True).backward(dout)
+    assert [x.grad is not None for x in leaves] == [name in needed for name in "qkv"]
+    all_of_them = gradients(*tensors, dout, causal=causal, deterministic=True)
+    assert not differing({n: x.grad for n, x in zip("qkv", leaves)}, {n: all_of_them[n] for n in needed})
+
+
+# Numbers.
+
+
+@dtypes
+@head_dims
+@masks
+@pytest.mark.parametrize("steep", [5, 40])
+def test_steep_softmax(dtype, d, causal, steep):
+    q, k, v = inputs(2, 403, 500, 4, 2, d, dtype)
+    check(q * steep, k, v, causal=causal)
+
+
+@dtypes
+@masks
+def test_every_score_far_below_zero(dtype, causal):
+    q, k, v = inputs(2, 203, 300, 4, 2, 128, dtype)
+    check(q * 0.1 + 6, k * 0.1 - 6, v, causal=causal)
+
+
+@dtypes
+@masks
+def test_equal_scores(dtype, causal):
+    """P is 1 / keys; what is left of dP - delta is what V differs from its mean by."""
+    q, k, v = inputs(2, 513, 640, 4, 2, 128, dtype)
+    check(torch.ones_like(q), torch.ones_like(k), v + 3, causal=causal)
+
+
+@head_dims
+@masks
+def test_gradients_scale_with_dout(d, causal):
+    """Exactly, by powers of 2, as loss scaling needs: nothing under- or overflows in bf16."""
+    q, k, v = inputs(2, 403, 500, 4, 2, d)
+    dout = torch.randn_like(q)
+    want = gradients(q, k, v, dout, causal=causal, deterministic=True)
+    for factor in (2.0**-16, 2.0**16):
+        found = gradients(q, k, v, dout * factor, causal=causal, deterministic=True)
+        assert not differing(found, {n: x * factor for n, x in want.items()}), f"dout · {factor}"
+
+
+@head_dims
+def test_rows_that_see_nothing_leave_no_trace(d):
+    """However large their dO."""
+    for seqlen_q, seqlen_k in ((1000, 300), (403, 400), (2048, 1)):
+        q, k, v = inputs(2, seqlen_q, seqlen_k, 4, 2, d)
+        dout = torch.randn_like(q)
+        dout[:, : seqlen_q - seqlen_k] *= 1e4
+        check(q, k, v, dout, causal=True)
+
+
+@masks
+@head_dims
+@pytest.mark.parametrize("which, value", [("dout", NAN), ("q", NAN), ("k", NAN), ("v", NAN), ("dout", INF), ("v", INF)])
+def test_one_bad_number_spreads_as_in_fp32_math(which, value, causal, d):
+    """Where the formula makes something not finite of it, the kernels do; and only there.
+
+    A key that a query doesn't see may get 0 times what isn't finite, which the formula has too, or nothing.
+    """
+    batch, row, channel = 1, 170, 5  # query heads 2 and 3 share K/V head 1
+    tensors = dict(zip(("q", "k", "v"), inputs(2, 200, 300, 4, 2, d)))
+    tensors["dout"] = torch.randn_like(tensors["q"])
+    clean = by_autograd(lambda *x: attention(*x, causal=causal)[0], *tensors.values(), torch.float32)
+    tensors[which][batch, row, 2 if which in ("q", "dout") else 1, channel] = value
+
+    must, may = ({n: torch.zeros_like(x, dtype=torch.bool) for n, x in clean.items()} for _ in range(2))
+    sees = visible(200, 300, "cuda") if causal else torch.ones(200, 300, dtype=torch.bool, device="cuda")
+    if which in ("q", "dout"):
+        channels = slice(None) if which == "q" else channel  # of dV = Σ P dO, where P is as it was
+        must["q"][batch, row, 2] = may["q"][batch, row, 2] = True
+        must["k"][batch, sees[row], 1] = must["v"][batch, sees[row], 1, channels] = True
+        may["k"][batch, :, 1] = may["v"][batch, :, 1, channels] = True
+    else:
+        must["q"][batch, sees[:, row], 2:] = may["q"][batch, :, 2:] = True
+        must["k"][batch, :, 1] = may["k"][batch, :, 1] = True  # through the last query, which sees all keys
+        must["v"][batch, :, 1] = may["v"][batch, :, 1] = which == "k"
+    found = gradients(**tensors, causal=causal)
+    for name, grad in found.items():
+        assert not grad[must[name]].isfinite().any(), f"d{name} is finite where it can't be"
+        torch.testing.assert_close(grad.float()[~may[name]], clean[name][~may[name]], rtol=2e-2, atol=2e-2)
+
+
+@dtypes
+@masks
+def test_inputs_are_not_modified(dtype, causal):
+    leaves = [x.requires_grad_() for x in inputs(2, 203, 300, 4, 2, 128, dtype)]
+    out, lse = flash_attn_func(*leaves, causal=causal, return_attn_probs=True)
+    tensors = [*leaves, out, lse, torch.randn_like(out)]
+    before = [x.detach().clone() for x in tensors]
+    torch.autograd.grad(out, leaves, tensors[-1])
+    assert all(same_bits(x.detach(), y) for x, y in zip(tensors, before))
+
+
+# The same bits from run to run.
+
+
+def other_work(stream, r):
+    """Enqueues matrix products of random size on another stream, which takes SMs and bandwidth from what runs meanwhile."""
+    with torch.cuda.stream(stream):
+        n = r.choice((256, 1024, 4096))
+        a = torch.ones(n, n, device="cuda", dtype=BF16)
+        for _ in range(r.randint(1, 4)):
+            a = a @ a
+
+
+@head_dims
+@masks
+@pytest.mark.parametrize("heads", ["mha", "gqa", "mqa"])
+def test_deterministic(d, causal, heads):
+    for batch, seqlen_q, seqlen_k in ((3, 1111, 1333), (3, 1333, 1111), (6, 2048, 2048), (1, 129, 4000)):
+        q, k, v = inputs(batch, seqlen_q, seqlen_k, 8, {"mha": 8, "gqa": 2, "mqa": 1}[heads], d)
+        dout = torch.randn_like(q)
+        first = check(q, k, v, dout, causal=causal, deterministic=True)
+        side, r = torch.cuda.Stream(), random.Random(0)
+        for run in range(1, 20):
+            other_work(side, r)
+            found = differing(gradients(q, k, v, dout, causal=causal, deterministic=True), first)
+            assert not found, f"lengths {seqlen_q}, {seqlen_k}, run {run}: {found}"
+
+
+@head_dims
+@masks
+def test_keys_and_values_gradients_are_deterministic_in_any_case(d, causal):
+    """Where no two query heads share a K/V head."""
+    q, k, v = inputs(3, 1111, 1333, 8, 8, d)
+    dout = torch.randn_like(q)
+    first = check(q, k, v, dout, causal=causal)
+    side, r = torch.cuda.Stream(), random.Random(0)
+    for run in range(1, 20):
+        other_work(side, r)
+        again = gradients(q, k, v, dout, causal=causal)
+        assert not {"k", "v"} & set(differing(again, first)), f"run {run}"
+        assert near(again["q"], first["q"]), f"run {run}"
+
+
+@some_heads
+@head_dims
+@masks
+def test_fifty_repeats(d, causal, heads):
+    for batch, seqlen_q, seqlen_k in ((2, 113, 203), (1, 799, 1023), (2, 1023, 799)):
+        q, k, v = inputs(batch, seqlen_q, seqlen_k, *HEADS[heads], d)
+        dout = torch.randn_like(q)
+        first = check(q, k, v, dout, causal=causal)
+        for run in range(1, 50):
+            again = gradients(q, k, v, dout, causal=causal)
+            moved = [name for name in first if not near(again[name], first[name])]
+            assert not moved, f"lengths {seqlen_q}, {seqlen_k}, run {run}: {moved}"
+        assert not faults(again, q, k, v, dout, causal)
+
+
+# Memory: bar 3 of the issue.
+
+
+def bytes_of(*tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+@deterministic_or_not
+@head_dims
+@masks
+def test_memory(d, causal, deterministic):
+    """Gradients, dQ's fp32 sum, two fp32 numbers a query, and the allocator's rounding of at most 1 MB a tensor."""
+    heads, seqlen = 8, 16384 - 57
+    leaves = [x.requires_grad_() for x in inputs(1, seqlen, seqlen, heads, 2, d)]
+    dout = torch.randn_like(leaves[0])
+    options = dict(causal=causal, deterministic=deterministic)
+    torch.autograd.grad(flash_attn_func(*leaves, **options), leaves, dout)  # whatever a first call keeps
+    torch.cuda.synchronize()
+
+    before = torch.cuda.memory_allocated()
+    out = flash_attn_func(*leaves, **options)
+    kept = torch.cuda.memory_allocated() - before
+    assert kept <= bytes_of(out) + 4 * heads * seqlen + 2 * MEGABYTE, "more than O and LSE is kept for the backward"
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = torch.autograd.grad(out, leaves, dout)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    rows = -(-seqlen // 128) * 128
+    assert peak <= bytes_of(*found) + 4 * heads * rows * (d + 2) + 7 * MEGABYTE
+    del found
+    assert torch.cuda.memory_allocated() <= before + MEGABYTE, "the backward keeps memory"
+
+
+def test_what_is_saved():
+    """q, k, v, O and the LSE, nothing else."""
+    leaves = [x.requires_grad_() for x in inputs(2, 203, 310, 4, 2, 128)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.detach()) or x, lambda x: x):
+        out = flash_attn_func(*leaves, causal=True)
+    places = sorted(x.data_ptr() for x in saved)
+    (lse,) = [x for x in saved if x.dtype == torch.float32]
+    assert lse.shape == (2, 4, 203)
+    assert places == sorted([*(x.data_ptr() for x in leaves), out.data_ptr(), lse.data_ptr()])
+
+
+# Autograd.
+
+
+def test_backward_twice():
+    leaves = [x.requires_grad_() for x in inputs(2, 203, 310, 4, 2, 128)]
+    out = flash_attn_func(*leaves, causal=True, deterministic=True)
+    dout = torch.randn_like(out)
+    first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    second = torch.autograd.grad(out, leaves, dout)
+    assert all(map(same_bits, first, second))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, leaves, dout)
+
+
+def test_second_derivatives_are_refused():
+    """Not left out of a sum without a word."""
+    leaves = [x.requires_grad_() for x in inputs(1, 100, 100, 2, 2, 64)]
+    out = flash_attn_func(*leaves)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        (dq,) = torch.autograd.grad(out, leaves[:1], torch.randn_like(out), create_graph=True)
+        (dq.float().square().sum() + leaves[0].float().sum()).backward()
+
+
+def test_inputs_changed_in_place_before_the_backward_are_noticed():
+    q, k, v = (x.requires_grad_() for x in inputs(1, 100, 100, 2, 2, 64))
+    for i in range(3):
+        tensors = [x * 1 for x in (q, k, v)]
+        out = flash_attn_func(*tensors)
+        tensors[i].mul_(2)
+        with pytest.raises(RuntimeError, match="inplace"):
+            out.sum().backward()
+    out = flash_attn_func(q, k, v)
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        out.sum().backward()
+
+
+def test_gradients_accumulate():
+    leaves = [x.requires_grad_() for x in inputs(2, 203, 310, 4, 2, 128)]
+    douts = [torch.randn_like(leaves[0]) for _ in range(2)]
+    for dout in douts:
+        flash_attn_func(*leaves, deterministic=True).backward(dout)
+    one, two = (gradients(*leaves, dout, deterministic=True) for dout in douts)
+    assert not differing({n: x.grad for n, x in zip("qkv", leaves)}, {n: one[n] + two[n] for n in "qkv"})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant):
+    leaves = [x.requires_grad_() for x in inputs(2, 203, 310, 4, 2, 128)]
+    dout = torch.randn_like(leaves[0])
+    call = lambda q, k, v: flash_attn_func(q, k, v, causal=True, deterministic=True)
+    checkpoint(call, *leaves, use_reentrant=reentrant).backward(dout)
+    want = gradients(*leaves, dout, causal=True, deterministic=True)
+    assert not differing({n: x.grad for n, x in zip("qkv", leaves)}, want)
+
+
+def test_one_tensor_as_query_key_and_value():
+    x = normal(2, 203, 4, 128).requires_grad_()
+    out = flash_attn_func(x, x, x, deterministic=True)
+    dout = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, x, dout)
+    each = gradients(x, x, x, dout, deterministic=True)
+    torch.testing.assert_close(found.float(), sum(each.values()).float(), rtol=2e-2, atol=2e-2)
+
+
+# CUDA: graphs, streams, threads, devices.
+
+
+@deterministic_or_not
+@masks
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_graph_of_forward_and_backward(d, causal, deterministic):
+    options = dict(causal=causal, deterministic=deterministic)
+    draw = lambda: [*inputs(2, 1000, 900, 8, 8, d), normal(2, 1000, 8, d)]
+    *leaves, dout = draw()
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def step():
+        out = flash_attn_func(*leaves, **options)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiled and loaded before the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [x.detach() for x in step()]
+    for replays in (1, 2, 5):
+        with torch.no_grad():
+            for x, new in zip([*leaves, dout], draw()):
+                x.copy_(new)
+        for x in got:
+            x.fill_(NAN)
+        for _ in range(replays):
+            graph.replay()
+        out, *found = got
+        assert same_bits(out, flash_attn_func(*(x.detach() for x in leaves), **options))
+        want = gradients(*leaves, dout, **options)
+        found = dict(zip("qkv", found))
+        assert set(differing(found, want)) <= (set() if deterministic else {"q"})
+        assert not faults(found, *(x.detach() for x in leaves), dout, causal)
+
+
+def test_graphed_callable():
+    call = lambda q, k, v: flash_attn_func(q, k, v, causal=True, deterministic=True)
+    sample = tuple(x.requires_grad_() for x in inputs(2, 333, 333, 8, 2, 128))
+    graphed = torch.cuda.make_graphed_callables(call, sample)
+    for _ in range(3):
+        leaves = [x.requires_grad_() for x in inputs(2, 333, 333, 8, 2, 128)]
+        out = graphed(*leaves)
+        dout = torch.randn_like(out)
+        found = dict(zip("qkv", torch.autograd.grad(out, leaves, dout)))
+        assert not differing(found, gradients(*leaves, dout, causal=True, deterministic=True))
+
+
+@masks
+def test_graph_replayed_beside_eager_calls(causal):
+    """A replay on one stream and calls on another, at once, share nothing that they write."""
+    leaves = [x.requires_grad_() for x in inputs(2, 1000, 1000, 8, 2, 128)]
+    dout = torch.randn_like(leaves[0])
+
+    def step():
+        return torch.autograd.grad(flash_attn_func(*leaves, causal=causal, deterministic=True), leaves, dout)
+
+    want = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    side, wrong = torch.cuda.Stream(), torch.zeros(2, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(50):
+        with torch.cuda.stream(side):
+            graph.replay()
+            wrong[0] += sum((x != y).sum() for x, y in zip(got, want))
+        wrong[1] += sum((x != y).sum() for x, y in zip(step(), want))
+    torch.cuda.synchronize()
+    assert wrong.tolist() == [0, 0]
+
+
+@deterministic_or_not
+def test_side_stream(deterministic):
+    """The kernels wait for what their own stream did before, and for no other stream."""
+    options = dict(causal=True, deterministic=deterministic)
+    *fresh, fresh_dout = *inputs(2, 300, 300, 4, 4, 64), normal(2, 300, 4, 64)
+    want = gradients(*fresh, fresh_dout, **options)
+    stale, dout = [torch.zeros_like(x).requires_grad_() for x in fresh], torch.zeros_like(fresh_dout)
+    step = lambda: torch.autograd.grad(flash_attn_func(*stale, **options), stale, dout)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        step()  # so that the stream owns memory, and allocating waits for nothing
+    torch.cuda.synchronize()
+
+    torch.cuda._sleep(1_000_000_000)  # half a second in which the default stream gets nothing done
+    blocked = torch.cuda.Event()
+    blocked.record()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # a kernel on any other stream would read the zeros
+        with torch.no_grad():
+            for x, new in zip([*stale, dout], [*fresh, fresh_dout]):
+                x.copy_(new)
+        found = step()
+        arrived = [torch.empty_like(x, device="cpu").copy_(x) for x in found]  # waits for the side stream alone
+    assert not blocked.query(), "the default stream wasn't busy, so this test has shown nothing"
+    torch.cuda.synchronize()
+    wrong = differing(dict(zip("qkv", arrived)), {n: x.cpu() for n, x in want.items()})
+    assert set(wrong) <= (set() if deterministic else {"q"})
+    assert near(arrived[0], want["q"].cpu())
+
+
+def test_two_threads():
+    """Each on a stream of its own; one kernel, and two."""
+    jobs = [
+        (list(inputs(2, 333, 400, 8, 2, 128)), dict(causal=True, deterministic=True)),
+        (list(inputs(1, 1024, 1024, 4, 4, 128)), dict(causal=True, deterministic=True)),
+        (list(inputs(3, 777, 500, 3, 1, 64)), dict(softmax_scale=0.3, deterministic=True)),
+    ]
+    start = threading.Barrier(len(jobs), timeout=60)
+
+    def step(tensors, options):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        return torch.autograd.grad(flash_attn_func(*leaves, **options), leaves, torch.ones_like(tensors[0]))
+
+    expected = [step(*job) for job in jobs]
+    torch.cuda.synchronize()
+
+    def work(job, want):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+            start.wait()
+            for _ in range(100):
+                wrong += sum((x != y).sum() for x, y in zip(step(*job), want))
+            return wrong.item()
+
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(work, jobs, expected)) == [0] * len(jobs)
+
+
+def test_current_device_is_left_as_it_was():
+    """On the last GPU, which with two or more isn't the current one; a call follows its inputs."""
+    last = torch.cuda.device_count() - 1
+    q, k, v, dout = (x.to(f"cuda:{last}") for x in (*inputs(2, 300, 300, 4, 2, 64), normal(2, 300, 4, 64)))
+    with torch.cuda.device(0):
+        found = check(q, k, v, dout, causal=True, deterministic=True)
+        assert torch.cuda.current_device() == 0
+        home = gradients(*(x.to("cuda:0") for x in (q, k, v, dout)), causal=True, deterministic=True)
+    assert not differing({n: x.cpu() for n, x in found.items()}, {n: x.cpu() for n, x in home.items()})
+
+
+# torch.compile.
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing that torch.compile traced before."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def of_call(call, q, k, v, dout):
+    """(O, gradients) of one call."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = call(*leaves)
+    return out.detach(), dict(zip("qkv", torch.autograd.grad(out, leaves, dout)))
+
+
+def check_same(call, want, *tensors):
+    (out, found), (want_out, want_found) = of_call(call, *tensors), of_call(want, *tensors)
+    assert same_bits(out, want_out) and not differing(found, want_found)
+
+
+@masks
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_equals_eager(mode, causal, fresh_compiler):
+    call = lambda q, k, v: flash_attn_func(q, k, v, causal=causal, deterministic=True)
+    compiled = torch.compile(call, fullgraph=True, mode=mode)
+    for _ in range(4):  # CUDA graphs are recorded in the second, and replayed from the third
+        torch.compiler.cudagraph_mark_step_begin()
+        check_same(compiled, call, *inputs(2, 203, 310, 4, 2, 128), normal(2, 203, 4, 128))
+
+
+def test_compiled_takes_any_strides(fresh_compiler):
+    """Packed q, k and v, and a dO that isn't contiguous, beside a scale of its own."""
+    call = lambda q, k, v: flash_attn_func(q, k, v, softmax_scale=0.2, deterministic=True)
+    q, k, v = normal(2, 203, 12, 64).view(2, 203, 3, 4, 64).unbind(2)
+    for layout in (torch.clone, heads_before_the_sequence, one_number):
+        torch._dynamo.reset()
+        check_same(torch.compile(call, fullgraph=True), call, q, k, v, layout(normal(2, 203, 4, 64)))
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["found out", "told"])
+def test_compiled_lengths_are_dynamic(dynamic, fresh_compiler):
+    """Compiled once for all lengths, or where it isn't told, a second time at the second length."""
+    call = lambda q, k, v: flash_attn_func(q, k, v, causal=True, deterministic=True)
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
+    for i, (seqlen_q, seqlen_k) in enumerate([(100, 130), (257, 300), (1000, 777), (64, 2048), (333, 90)]):
+        with torch._dynamo.config.patch(error_on_recompile=i > (0 if dynamic else 1)):
+            check_same(compiled, call, *inputs(2, seqlen_q, seqlen_k, 4, 2, 128), normal(2, seqlen_q, 4, 128))
+
+
+class Block(torch.nn.Module):
+    """Attention between linear layers, of a packed qkv."""
+
+    def __init__(self, heads, d, checkpointed=False):
+        super().__init__()
+        self.heads, self.checkpointed = heads, checkpointed
+        self.qkv = torch.nn.Linear(heads * d, 3 * heads * d)
+        self.out = torch.nn.Linear(heads * d, heads * d)
+
+    def attend(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        return self.out(flash_attn_qkvpacked_func(qkv, causal=True, deterministic=True).flatten(2))
+
+    def forward(self, x):
+        return x + (checkpoint(self.attend, x, use_reentrant=False) if self.checkpointed else self.attend(x))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+def test_compiled_module(checkpointed, fresh_compiler):
+    block = Block(4, 64, checkpointed).to("cuda", BF16)
+    x = torch.randn(2, 300, 256, device="cuda", dtype=BF16)
+    want = torch.autograd.grad(block(x).sum(), block.parameters())
+    found = torch.autograd.grad(torch.compile(block, fullgraph=True)(x).sum(), block.parameters())
+    for a, b in zip(found, want):
+        assert (a - b).abs().max() <= 2e-2 * b.abs().max()
