@@ -143,8 +143,8 @@ def head_group(problem, device):
 BACKWARD = {
     (64, "none"): dict(tile_m=128),
     (64, "causal"): dict(tile_m=128),
-    (128, "none"): dict(),
-    (128, "causal"): dict(),
+    (128, "none"): dict(tile_m=64),
+    (128, "causal"): dict(tile_m=64),
 }
 
 
@@ -170,7 +170,7 @@ class BackwardPlan:
             "dq_accum": ((*per_head, self.rows * self.config.head_dim), "float32", False),
             "lse_log2": ((*per_head, self.rows), "float32", False),
             "delta": ((*per_head, self.rows), "float32", False),
-            "semaphore": ((*per_head, self.query_tiles), "int32", True) if self.config.deterministic else None,
+            "semaphore": ((*per_head, 8 * self.query_tiles), "int32", True) if self.config.deterministic else None,
         }
 
     def __str__(self):

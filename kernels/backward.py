@@ -32,7 +32,7 @@ from .parts.sources import RowSource, TmaSource
 
 ROWS = 64  # keys of a consumer warpgroup, the M of a WGMMA
 WARPGROUPS = 2  # that consume
-DS_BARRIER = 1  # named barrier: dS of both warpgroups is in shared memory
+ALL_BARRIER = 1  # named barrier of the consumers
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Consumer:
     do_ring: pipeline.PipelineTmaAsync
     k_ring: pipeline.PipelineTmaAsync
     v_ring: pipeline.PipelineTmaAsync
+    ds_full: cute.Pointer  # an mbarrier for each buffer of dS
     kq: Constexpr  # the WGMMA operation of Sᵀ = K Qᵀ and of dPᵀ = V dOᵀ
     pdo: Constexpr  # of dV += Pᵀ dO and of dK += dSᵀ Q
     dsk: Constexpr  # of dQ = dS K, or dQᵀ = Kᵀ dSᵀ
@@ -116,7 +117,7 @@ class BackwardKernel:
         store_dk, mdK = tiles.tma_store(dK, out_layout, WARP_ROWS, c.head_dim)
         store_dv, mdV = tiles.tma_store(dV, out_layout, WARP_ROWS, c.head_dim)
         key_tiles = cute.ceil_div(K.shape[0], c.tile_n)
-        tile_list = TileList.of(False, key_tiles, 1, K.shape[2], K.shape[3], head_group)
+        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], head_group)
         copies, layouts = (load_q, load_do, load_k, load_v, store_dk, store_dv), (q_layout, do_layout, k_layout, ds_layout, out_layout)
         tensors = (Q, dO, K, V, mdK, mdV)
         queries_per_kv = Q.shape[2] // K.shape[2]
@@ -180,6 +181,7 @@ class BackwardKernel:
         do_barriers = smem.allocate_array(cutlass.Int64, 2 * c.do_stages)
         k_barriers = smem.allocate_array(cutlass.Int64, 2)
         v_barriers = smem.allocate_array(cutlass.Int64, 2)
+        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers)
         s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.q_stages)), byte_alignment=16)
         s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
         q_layout, do_layout, k_layout, ds_layout, out_layout = layouts
@@ -196,6 +198,9 @@ class BackwardKernel:
         if warp_index == 0:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
+            if cute.arch.lane_idx() == 0:
+                for i in cutlass.range_constexpr(c.ds_buffers):
+                    cute.arch.mbarrier_init(ds_full + i, consumer_warps)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()
@@ -217,10 +222,10 @@ class BackwardKernel:
                 StagedOutput.in_memory(copy, memory, out_layout, 1, 0, tensor, WARPGROUPS, 1)
                 for copy, memory, tensor in ((copies[4], sdK, mdK), (copies[5], sdV, mdV))
             ]
-            adder = accumulate.Adder(dq_accum, sdQ, semaphore, c.tile_m * c.head_dim, c.accumulator_size)
+            adder = accumulate.Adder.start(dq_accum, sdQ, semaphore, c.tile_m * c.head_dim, c.accumulator_size)
             operands = sQ, sdO, sK, sV, sdS
             index, thread = warpgroup_index - 1, thread % WARPGROUP
-            t = self.consumer(index, thread, mask, softmax_scale * Float32(LOG2_E), rings, operands, (s_lse, s_delta))
+            t = self.consumer(index, thread, mask, softmax_scale * Float32(LOG2_E), (*rings, ds_full), operands, (s_lse, s_delta))
             self.consume(t, place, adder, outputs, softmax_scale)
 
     def allocate(self, smem, layout):
@@ -260,15 +265,23 @@ class BackwardKernel:
         registers, memory = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         kq_op = wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory)
         pdo_op = wgmma.operation(self.dtype, c.head_dim, MN_MAJOR, registers)
-        own_keys = cute.local_tile(tiles.transposed(sdS), (ROWS, c.tile_m, c.ds_buffers), (index, 0, 0))
-        if c.dq_by_rows:  # 64 queries each
-            dsk_op = wgmma.operation(self.dtype, c.head_dim, MN_MAJOR, memory)
-            dq_a, dq_b = self.own_rows(sdS, index), tiles.transposed(sK)
-        else:  # 64 of head_dim each
-            dsk_op = wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory, MN_MAJOR)
-            dq_a, dq_b = self.own_rows(tiles.transposed(sK), index), sdS
-        kq, pdo, dsk = (cute.make_tiled_mma(op).get_slice(0) for op in (kq_op, pdo_op, dsk_op))
-        kq_mma, pdo_mma, dsk_mma = (cute.make_tiled_mma(op) for op in (kq_op, pdo_op, dsk_op))
+        dsk_op = (
+            wgmma.operation(self.dtype, c.head_dim, MN_MAJOR, memory)  # dQ = dS K, 64 queries each
+            if c.dq_by_rows
+            else wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory, MN_MAJOR)  # dQᵀ = Kᵀ dSᵀ, 64 of head_dim each
+        )
+        kq, pdo, dsk = (cute.make_tiled_mma(op) for op in (kq_op, pdo_op, dsk_op))
+
+        def operand_a(mma, tile):
+            return mma.make_fragment_A(mma.get_slice(0).partition_A(tile))
+
+        def operand_b(mma, tile):
+            return mma.make_fragment_B(mma.get_slice(0).partition_B(tile))
+
+        if c.dq_by_rows:
+            dS_of_dQ, K_of_dQ = operand_a(dsk, self.own_rows(sdS, index)), operand_b(dsk, tiles.transposed(sK))
+        else:
+            dS_of_dQ, K_of_dQ = operand_b(dsk, sdS), operand_a(dsk, self.own_rows(tiles.transposed(sK), index))
 
         def accumulator(mma, columns, dtype=Float32):
             return cute.make_rmem_tensor(mma.partition_shape_C((ROWS, columns)), dtype)
@@ -283,22 +296,22 @@ class BackwardKernel:
             pdo_op,
             dsk_op,
             *rows,
-            sdS=own_keys,
-            K=kq_mma.make_fragment_A(kq.partition_A(self.own_rows(sK, index)))[None, None, None, 0],
-            Q=kq_mma.make_fragment_B(kq.partition_B(sQ)),
-            V=kq_mma.make_fragment_A(kq.partition_A(self.own_rows(sV, index)))[None, None, None, 0],
-            dO=kq_mma.make_fragment_B(kq.partition_B(sdO)),
-            dO_of_dV=pdo_mma.make_fragment_B(pdo.partition_B(tiles.transposed(sdO))),
-            Q_of_dK=pdo_mma.make_fragment_B(pdo.partition_B(tiles.transposed(sQ))),
-            dS_of_dQ=dsk_mma.make_fragment_A(dsk.partition_A(dq_a)) if c.dq_by_rows else dsk_mma.make_fragment_B(dsk.partition_B(dq_b)),
-            K_of_dQ=(dsk_mma.make_fragment_B(dsk.partition_B(dq_b)) if c.dq_by_rows else dsk_mma.make_fragment_A(dsk.partition_A(dq_a)))[None, None, None, 0],
-            S=accumulator(kq_mma, c.tile_m),
-            dP=accumulator(kq_mma, c.tile_m),
-            P=accumulator(kq_mma, c.tile_m, self.dtype),
-            dS=accumulator(kq_mma, c.tile_m, self.dtype),
-            dQ=accumulator(dsk_mma, c.head_dim if c.dq_by_rows else c.tile_m),
-            dK=accumulator(pdo_mma, c.head_dim),
-            dV=accumulator(pdo_mma, c.head_dim),
+            sdS=self.own_rows(tiles.transposed(sdS), index),
+            K=operand_a(kq, self.own_rows(sK, index))[None, None, None, 0],
+            Q=operand_b(kq, sQ),
+            V=operand_a(kq, self.own_rows(sV, index))[None, None, None, 0],
+            dO=operand_b(kq, sdO),
+            dO_of_dV=operand_b(pdo, tiles.transposed(sdO)),
+            Q_of_dK=operand_b(pdo, tiles.transposed(sQ)),
+            dS_of_dQ=dS_of_dQ,
+            K_of_dQ=K_of_dQ[None, None, None, 0],
+            S=accumulator(kq, c.tile_m),
+            dP=accumulator(kq, c.tile_m),
+            P=accumulator(kq, c.tile_m, self.dtype),
+            dS=accumulator(kq, c.tile_m, self.dtype),
+            dQ=accumulator(dsk, c.head_dim if c.dq_by_rows else c.tile_m),
+            dK=accumulator(pdo, c.head_dim),
+            dV=accumulator(pdo, c.head_dim),
         )
 
     def own_rows(self, shared, index):
@@ -312,21 +325,29 @@ class BackwardKernel:
         n, head_kv, batch, m_first, m_stop, queries_per_kv = place
         q_at, do_at, kv_at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages), barriers.consuming(1)
         ds_at = barriers.consuming(c.ds_buffers)
-        t.dK.fill(0.0)
-        t.dV.fill(0.0)
-        count = max(m_stop - m_first, 0) * queries_per_kv
-        m, head = m_first, head_kv * queries_per_kv
         t.k_ring.consumer_wait(kv_at)
         t.v_ring.consumer_wait(kv_at)
-        done = Int32(0)
-        while done < count:
-            q_at, do_at, ds_at = self.step(t, n, m, head, batch, adder, q_at, do_at, ds_at)
-            done += 1
-            m += 1
-            if m == m_stop:
-                m, head = m_first, head + 1
-        cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
-        for i in cutlass.range_constexpr(wgmma.size(t.dK)):
+        count = max(m_stop - m_first, 0) * queries_per_kv
+        if count > 0:
+            m, head = m_first, head_kv * queries_per_kv
+            before = m, head
+            q_at, do_at, ds_at = self.step(t, n, m, batch, before, adder, q_at, do_at, ds_at, first=True)
+            for i in cutlass.range(1, count, unroll=1):
+                before = m, head
+                m += 1
+                if m == m_stop:
+                    m, head = m_first, head + 1
+                q_at, do_at, ds_at = self.step(t, n, m, batch, before, adder, q_at, do_at, ds_at, first=False)
+            self.issue_dq(t, barriers.before(ds_at))
+            wgmma.wait(0)
+            adder.put(t.dQ, t.index, t.thread)
+            self.publish()
+            adder.send(self.turn(t, m, n), m, head, batch, t.index, t.thread)
+        else:
+            t.dK.fill(0.0)
+            t.dV.fill(0.0)
+        cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
+        for i in cutlass.range_constexpr(cute.size(t.dK)):
             wgmma.flat(t.dK)[i] = wgmma.flat(t.dK)[i] * softmax_scale
         for gradient, output in zip((t.dV, t.dK), reversed(outputs)):
             output.write(gradient, 0, n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread)
@@ -334,31 +355,50 @@ class BackwardKernel:
         adder.finish()
 
     @cute.jit
-    def step(self, t: Consumer, n, m, head, batch, adder, q_at, do_at, ds_at):
-        """One tile of queries."""
+    def step(self, t: Consumer, n, m, batch, before, adder, q_at, do_at, ds_at, first: Constexpr[bool]):
+        """A tile of queries: S, P, dP, dS, dV and dK; and dQ of the tile before, (m, head), as the other warpgroup's dS is there by now."""
         c = self.config
         t.q_ring.consumer_wait(q_at)
         wgmma.issue(t.kq, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)
-        t.do_ring.consumer_wait(do_at)
-        wgmma.issue(t.kq, t.dP, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
-        wgmma.wait(1)
+        if cutlass.const_expr(c.early_rows):
+            lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
+        if cutlass.const_expr(first):
+            wgmma.wait(0)
+        else:
+            self.issue_dq(t, barriers.before(ds_at))
+            wgmma.wait(1)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
-        self.exponentials(t, t.lse_log2[None, q_at.index])
-        wgmma.wait(0)
+        if cutlass.const_expr(not c.early_rows):
+            lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
+        self.exponentials(t, lse)
         round_into(t.P, t.S)
-        self.differentials(t, t.delta[None, do_at.index])
+        t.do_ring.consumer_wait(do_at)
+        wgmma.issue(t.kq, t.dP, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
+        dO, Q = t.dO_of_dV[None, None, None, do_at.index], t.Q_of_dK[None, None, None, q_at.index]
+        wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=not first)
+        if cutlass.const_expr(c.early_rows):
+            delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
+        if cutlass.const_expr(not first):
+            wgmma.wait(2)
+            adder.put(t.dQ, t.index, t.thread)
+            if cutlass.const_expr(not c.one_fence):
+                self.publish()
+                adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
+        wgmma.wait(1)
+        if cutlass.const_expr(not c.early_rows):
+            delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
+        self.differentials(t, delta)
         round_into(t.dS, t.dP)
         wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, ds_at.index], t.thread, transposed=True)
-        cute.arch.fence_view_async_shared()
-        wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), t.dO_of_dV[None, None, None, do_at.index], accumulate=True)
-        cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)
-        self.issue_dq(t, ds_at)
-        wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), t.Q_of_dK[None, None, None, q_at.index], accumulate=True)
-        wgmma.wait(1)
-        t.do_ring.consumer_release(do_at)
-        adder.add(t.dQ, m, head, batch, t.index, t.thread)
+        self.publish()
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(t.ds_full + ds_at.index)
+        wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=not first)
+        if cutlass.const_expr(c.one_fence and not first):
+            adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
         wgmma.wait(0)
+        t.do_ring.consumer_release(do_at)
         t.q_ring.consumer_release(q_at)
         q_at.advance()
         do_at.advance()
@@ -368,25 +408,30 @@ class BackwardKernel:
     @cute.jit
     def exponentials(self, t: Consumer, lse_log2: cute.Tensor):
         """S becomes P."""
-        s, lse = wgmma.flat(t.S), wgmma.by_columns(lse_log2, t.thread)
-        for j in cutlass.range_constexpr(wgmma.size(t.S) // 4):
-            pair = cute.make_rmem_tensor(2, Float32)
-            cute.autovec_copy(lse[None, j], pair)
-            for i in cutlass.range_constexpr(4):
-                s[4 * j + i] = exp2(s[4 * j + i] * t.scale_log2 - pair[i % 2])
+        s = wgmma.flat(t.S)
+        for i in [*range(cute.size(t.S))]:  # a list, so that the loop is Python's
+            s[i] = exp2(s[i] * t.scale_log2 - lse_log2[i % 2, i // 4])
 
     @cute.jit
     def differentials(self, t: Consumer, delta: cute.Tensor):
         """dP becomes dS = P ∘ (dP - delta)."""
-        dp, p, deltas = wgmma.flat(t.dP), wgmma.flat(t.S), wgmma.by_columns(delta, t.thread)
-        for j in cutlass.range_constexpr(wgmma.size(t.dP) // 4):
-            pair = cute.make_rmem_tensor(2, Float32)
-            cute.autovec_copy(deltas[None, j], pair)
-            for i in cutlass.range_constexpr(4):
-                dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] - pair[i % 2])
+        dp, p = wgmma.flat(t.dP), wgmma.flat(t.P)
+        for i in [*range(cute.size(t.dP))]:
+            dp[i] = p[i].to(Float32) * (dp[i] - delta[i % 2, i // 4])
 
+    def publish(self):
+        """What this warp has stored to shared memory may now be read by TMA and by WGMMAs."""
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+
+    def turn(self, t, m, n):
+        """How many key tiles add to dQ of query tile m before tile n does, where the order is fixed."""
+        return t.mask.key_tiles(m * self.config.tile_m, self.config.tile_m)[0] - 1 - n if self.config.deterministic else None
+
+    @cute.jit
     def issue_dq(self, t, ds_at):
-        """dQ = dS K, or dQᵀ = Kᵀ dSᵀ, in flight."""
+        """dQ = dS K, or dQᵀ = Kᵀ dSᵀ, in flight, once all of dS is there."""
+        cute.arch.mbarrier_wait(t.ds_full + ds_at.index, ds_at.phase)
         dS = t.dS_of_dQ[None, None, None, ds_at.index]
         A, B = (dS, t.K_of_dQ) if self.config.dq_by_rows else (t.K_of_dQ, dS)
         wgmma.issue(t.dsk, t.dQ, A, B, accumulate=False)

@@ -247,7 +247,9 @@ class BackwardConfig:
     tile_m: queries of one step of the mainloop.
     tile_n: keys a CTA owns.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight.
-    deterministic: tiles add to dQ in a fixed order.
+    early_rows: LSE and delta are loaded before S and dP are waited for, and not after.
+    one_fence: dQ of a tile leaves behind the fence that the next tile's dS needs, and not behind one of its own.
+    deterministic: key tiles add to dQ in a fixed order.
     """
 
     dtype: str = "bf16"
@@ -257,9 +259,33 @@ class BackwardConfig:
     tile_n: int = 128
     q_stages: int = 2
     do_stages: int = 2
+    early_rows: bool = False
+    one_fence: bool = False
     deterministic: bool = False
 
     family = "backward"
+
+    def __post_init__(self):
+        def one_of(name, allowed):
+            got = getattr(self, name)
+            if got not in allowed:
+                raise ConfigError(f"{name} must be one of {allowed}, got {got!r}")
+
+        one_of("dtype", tuple(DTYPE_BYTES))
+        one_of("head_dim", (64, 128))
+        one_of("mask", ("none", "causal"))
+        one_of("tile_n", (128,))
+        one_of("q_stages", (1, 2, 3, 4))
+        one_of("do_stages", (1, 2, 3, 4))
+        one_of("tile_m", (128,) if self.head_dim == 64 else (16, 32, 48, 64, 80, 96, 112, 128))
+        if self.shared_memory > SHARED_MEMORY_LIMIT:
+            raise ConfigError(
+                f"{self} needs {self.shared_memory} bytes of shared memory, a Hopper block has {SHARED_MEMORY_LIMIT}"
+            )
+        if self.live_registers > self.registers[1]:
+            raise ConfigError(
+                f"{self} keeps at least {self.live_registers} registers live in a consumer thread, which gets {self.registers[1]}"
+            )
 
     __repr__ = _one_line
 
@@ -277,6 +303,19 @@ class BackwardConfig:
     def entry_registers(self):
         """Registers of every thread at entry: the register file's equal share, in steps of 8."""
         return REGISTER_FILE // self.threads // 8 * 8
+
+    @property
+    def live_registers(self):
+        """Registers that the tiles alone hold in a consumer thread: dK and dV, S and dQ in flight, P; or P, dP, and dQ."""
+        tile, P = 64 * self.tile_m // WARPGROUP, 64 * self.tile_m // WARPGROUP // 2
+        return 2 * (64 * self.head_dim // WARPGROUP) + tile + self.accumulator_size + P
+
+    @property
+    def last_keys_first(self):
+        """Whether CTAs take the last keys first: those that add to dQ in order must not wait for CTAs that start after them, and
+        with a causal mask the last keys' tiles come to the same queries sooner. Otherwise the tiles that take longest come first.
+        """
+        return self.deterministic
 
     @property
     def dq_by_rows(self):
@@ -308,7 +347,7 @@ class BackwardConfig:
     def barrier_bytes(self):
         """mbarriers, full and empty, for K, V and each stage of Q and dO, and LSE and delta of those; padded for the tiles."""
         stages = self.q_stages + self.do_stages
-        return -(-(8 * 2 * (2 + stages) + 4 * self.tile_m * stages) // 1024) * 1024
+        return -(-(8 * 2 * (2 + stages) + 8 * self.ds_buffers + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):

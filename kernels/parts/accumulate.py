@@ -33,30 +33,84 @@ class Adder:
     """Adds accumulators, a warp its part on its own: through shared memory, from where TMA adds it to global memory."""
 
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
-    shared: cute.Tensor  # a tile of it
-    turns: cute.Tensor | None  # (batch, heads, tiles) zeros: where it is written whose turn it is, if tiles are added to in order
+    shared: cute.Tensor  # (elements of a tile)
+    turns: cute.Tensor | None  # (batch, heads, tiles · warps of one) int32 zeros: how many have added, if they do so in order
+    pending: cute.Tensor  # the counter's address, where a warp's addition is yet to be counted; else 0
     elements: Constexpr[int]  # of a tile
     size: Constexpr[int]  # of a thread's accumulator
 
+    @classmethod
+    def start(cls, sums, shared, turns, elements, size):
+        pending = cute.make_rmem_tensor(1, Int64)
+        pending.fill(0)
+        return cls(sums, shared, turns, pending, elements, size)
+
     @cute.jit
-    def add(self, acc: cute.Tensor, m, head, batch, index, thread):
-        """Adds the accumulator of warpgroup `index` to tile m of a head."""
+    def put(self, acc: cute.Tensor, index, thread):
+        """The accumulator of warpgroup `index` into shared memory, which `send` takes it from, once it is fenced."""
         self.finish()
-        warp = index * WARPS + cute.arch.make_warp_uniform(thread // WARP)
-        own = by_vectors(self.shared.iterator, warp, self.size)
-        cute.autovec_copy(cute.make_tensor(acc.iterator, cute.select(own.layout, mode=[0, 1]).shape), own[None, None, thread % WARP])
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
+        cute.autovec_copy(cute.make_tensor(acc.iterator, (VECTOR, self.size // VECTOR)), self.own(index, thread)[None, None, thread % WARP])
+
+    @cute.jit
+    def send(self, turn, m, head, batch, index, thread):
+        """Starts the addition of what was put to tile m of a head. A fence, and all lanes, must have come between.
+
+        turn: how many others add to the tile before, where they do so in order.
+        """
         if cute.arch.lane_idx() == 0:
+            warp = self.warp(index, thread)
+            if cutlass.const_expr(self.turns is not None):
+                counter = self.turns[batch, head, None].iterator.toint() + Int64(m * self.warps + warp) * 4
+                await_count(counter, turn)
+                self.pending[0] = counter
             target = by_vectors(tile_of(self.sums, m, head, batch, self.elements), warp, self.size)
-            add_bulk(target.iterator, own.iterator, WARP * self.size)
-        cute.arch.cp_async_bulk_commit_group()
+            add_bulk(target.iterator, self.own(index, thread).iterator, WARP * self.size)
+            cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def finish(self):
-        """Waits until the shared memory that this warp adds from is free again."""
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        """Waits until the shared memory that this warp adds from is free again; where they add in order, until it has been added."""
+        if cutlass.const_expr(self.turns is None):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        else:
+            cute.arch.cp_async_bulk_wait_group(0)
+            if self.pending[0] != 0:
+                count_up(self.pending[0])
+            self.pending[0] = Int64(0)
         cute.arch.sync_warp()
+
+    def own(self, index, thread):
+        """A warp's shared memory, as by_vectors has it."""
+        return by_vectors(self.shared.iterator, self.warp(index, thread), self.size)
+
+    def warp(self, index, thread):
+        """Which of a tile's warps this is."""
+        return index * WARPS + cute.arch.make_warp_uniform(thread // WARP)
+
+    @property
+    def warps(self):
+        """That a tile has."""
+        return self.elements // (WARP * self.size)
+
+
+def await_count(address, count):
+    """Waits until a counter in global memory has this value, and for what was written before it was counted up."""
+    cute.arch.inline_ptx(
+        """{
+            .reg .pred other;
+            .reg .s32 seen;
+            again:
+            ld.acquire.gpu.global.s32 seen, [{$r0}];
+            setp.ne.s32 other, seen, {$r1};
+            @other bra again;
+        }""",
+        read_only_args=[address, count],
+    )
+
+
+def count_up(address):
+    """Adds 1 to a counter in global memory, after all that this thread has written."""
+    cute.arch.inline_ptx("red.release.gpu.global.add.s32 [{$r0}], 1;", read_only_args=[address])
 
 
 def add_bulk(target, source, count):

@@ -52,9 +52,13 @@ def filling(at, offset=0):
     return pipeline.PipelineState(at.stages, at.count, at.index + offset, at.phase ^ 1)
 
 
+@cute.jit
 def before(at):
-    """A consumer's place one stage earlier; for releasing that, where only the stage counts."""
-    return pipeline.PipelineState(at.stages, at.count, (at.index + at.stages - 1) % at.stages, at.phase)
+    """The place that a consumer was at one stage earlier."""
+    wraps = at.index == 0
+    return pipeline.PipelineState(
+        at.stages, at.count - 1, at.stages - 1 if wraps else at.index - 1, at.phase ^ 1 if wraps else at.phase
+    )
 
 
 @cute.jit
@@ -71,6 +75,18 @@ def lend(ring, at):
 def release_after(ring, at, value: cute.Tensor):
     """consumer_release that can't be moved up before value[0] is computed: its predicate looks at the value, in vain."""
     if ring.is_signaling_thread or cute.recast_tensor(value, Int32)[0] == UNMADE_NAN:
+        cute.arch.mbarrier_arrive(ring.consumer_get_barrier(at))
+
+
+@cute.jit
+def stay_behind(value: cute.Tensor, ring, at):
+    """Keeps waits for WGMMAs that follow from being moved up before the fragment's last element is computed.
+
+    ptxas moves such a wait up to the first stall that it finds, but not over a branch. This one is never taken: it would release
+    a stage if the element were a NaN that no instruction makes.
+    """
+    bits = cute.recast_tensor(value, Int32)
+    if bits[cute.size(bits) - 1] == UNMADE_NAN:
         cute.arch.mbarrier_arrive(ring.consumer_get_barrier(at))
 
 

@@ -71,14 +71,13 @@ def flat(fragment):
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
 
 
-def size(fragment):
-    """A thread's elements of a fragment."""
-    return cute.size(fragment)
-
-
-def by_columns(numbers, thread):
-    """(2, N/8): of one number for each column of an accumulator, those of this thread's columns."""
-    return cute.make_tensor(numbers.iterator + 2 * (thread % 4), cute.make_layout((2, cute.size(numbers) // 8), stride=(1, 8)))
+@cute.jit
+def load_by_columns(numbers: cute.Tensor, thread):
+    """(2, N/8) in registers: of one fp32 number for each column of an accumulator, in shared memory, those of this thread's columns."""
+    own = cute.make_layout((2, cute.size(numbers) // 8), stride=(1, 8))
+    loaded = cute.make_rmem_tensor(own.shape, numbers.element_type)
+    cute.autovec_copy(cute.make_tensor(numbers.iterator + 2 * (thread % 4), own), loaded)
+    return loaded
 
 
 def columns(fragment, part, parts):
