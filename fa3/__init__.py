@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "explain"]
 
 try:
+    from . import ops  # registers the operators that torch.compile takes
     from .attention import explain, flash_attn_func, flash_attn_qkvpacked_func
 except Exception as error:  # a package is missing or broken: the functions say so, and `doctor` runs
     broken = error

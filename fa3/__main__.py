@@ -28,7 +28,7 @@ def parser():
     report = commands.add_parser(
         "inspect", help="registers, spills, shared memory and instructions of each kernel; needs no GPU"
     )
-    report.add_argument("--family", default="forward", metavar="NAME", help="default: forward, the only one so far")
+    report.add_argument("--family", default="forward", metavar="NAME", help="forward or backward; default: forward")
     report.add_argument("--set", choices=SETS, default="all", help="which kernels; default: all that planning can choose")
     report.add_argument("--json", action="store_true", help="a list of reports, for programs")
     report.add_argument("--jobs", type=count, metavar="N", help="processes; default: one a core")

@@ -63,13 +63,13 @@ def record(ctx, call, results, *inputs):
     return out, lse
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise NotImplementedError("attention's gradients can't be differentiated again: second derivatives are not supported")
+def refuse_second_derivatives(ctx, *gradients):
+    raise NotImplementedError("second derivatives are not supported: attention's gradients can't be differentiated again")
 
 
-class Gradients(OnceDifferentiable):
+class Gradients(torch.autograd.Function):
+    backward = staticmethod(refuse_second_derivatives)
+
     @staticmethod
     def forward(ctx, call, dout, q, k, v, out, lse):
         gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
@@ -77,7 +77,9 @@ class Gradients(OnceDifferentiable):
         return gradients
 
 
-class PackedGradients(OnceDifferentiable):
+class PackedGradients(torch.autograd.Function):
+    backward = staticmethod(refuse_second_derivatives)
+
     @staticmethod
     def forward(ctx, call, num_heads_q, dout, qkv, out, lse):
         dqkv = qkv.new_empty(qkv.shape)

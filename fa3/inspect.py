@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .parallel import map_configs
 from .terminal import show_table
 
 # Instructions of interest (the first parts of a SASS mnemonic); matrix instructions are counted apart from these.
-COUNTED = ("UTMALDG", "UTMASTG", "MUFU.EX2", "LDL", "STL", "USETMAXREG", "WARPGROUP.DEPBAR", "R2P")
+COUNTED = ("UTMALDG", "UTMASTG", "UBLKRED", "MUFU.EX2", "LDL", "STL", "USETMAXREG", "WARPGROUP.DEPBAR", "R2P")
 WGMMA = ("HGMMA", "QGMMA")  # Hopper's matrix instructions: fp16 and bf16; fp8
 MATRIX = {"fp16": ("HGMMA", "HMMA"), "bf16": ("HGMMA", "HMMA")}  # dtype -> matrix instructions of a warpgroup and of a warp
 MMA_K = {"fp16": 16, "bf16": 16}  # what one of them sums over (PTX ISA, wgmma.mma_async and mma.sync shapes)
@@ -39,6 +39,7 @@ class Predicted:
     setmaxnreg: tuple  # registers of a (producer, consumer) thread afterwards
     shared: int  # bytes of dynamic shared memory
     threads: int
+    adds: bool  # to what other CTAs have summed up in memory, by TMA
 
     @classmethod
     def of(cls, config):
@@ -48,6 +49,7 @@ class Predicted:
             setmaxnreg=tuple(config.registers),
             shared=config.shared_memory,
             threads=config.threads,
+            adds=config.family == "backward",
         )
 
 
@@ -74,22 +76,26 @@ class Report:
 
 
 def expected_wgmmas(config):
-    """WGMMAs in a forward kernel's code: S = Q Kᵀ sums over head_dim, O += P V over tile_n.
+    """WGMMAs in a kernel's code.
 
-    S stands there for a tile's first keys and in the loop, O in the loop and for a tile's last keys. With overlap, both once
+    Forward: S = Q Kᵀ sums over head_dim, O += P V over tile_n. S stands there for a tile's first keys and in the loop, O in the loop and for a tile's last keys. With overlap, both once
     more for the passage from one tile to the next, where a CTA has several, and for the loop over the keys that a causal mask cuts.
+    Backward: S and dP sum over head_dim, dV and dK over tile_m, dQ over tile_n. All stand there for a CTA's first tile of queries
+    and in the loop, but that dQ follows a tile later, so in the loop and at the end.
     """
     k = MMA_K[config.dtype]
+    if config.family == "backward":
+        return 2 * (2 * config.head_dim // k + 2 * config.tile_m // k + config.tile_n // k)
     copies = 2 + (config.overlap and config.scheduler != "single") + (config.overlap and config.mask == "causal")
     return copies * (config.head_dim // k + config.tile_n // k)
 
 
 def expected_warp_mmas(config):
-    """Matrix instructions of single warps (HMMA, 16 × 8) in a forward kernel's code: S once more where a maximum is presumed.
+    """Matrix instructions of single warps (HMMA, 16 × 8) in a kernel's code: S once more where a forward kernel presumes maxima.
 
     Over head_dim that is a loop.
     """
-    return config.presume * config.tile_n // 8
+    return config.presume * config.tile_n // 8 if config.family == "forward" else 0
 
 
 def inspect(config):
@@ -120,8 +126,14 @@ def inspect_all(configs, jobs=None):
 
 
 def read_report(config, usage, sass, ptx, host):
-    """The report of a config from what cuobjdump and nvdisasm print, its PTX, and the IR of its host code."""
-    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    """The report of a config from what cuobjdump and nvdisasm print, its PTX, and the IR of its host code.
+
+    Where a call is several kernels, instructions are all of them's, and of all else the report has the most that one uses: that
+    is the kernel with the matrix instructions, the others are small; but whose spills they are doesn't matter.
+    """
+    used = defaultdict(int)
+    for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage):
+        used[name] = max(used[name], int(value))
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE))
     matrix = Counter(dict.fromkeys(WGMMA, 0))
     for opcode, count in opcodes.items():
@@ -138,7 +150,7 @@ def read_report(config, usage, sass, ptx, host):
         shared=launched_shared_memory(host),
         shared_static=used["SHARED"],
         shared_fits=not overruns(host),
-        threads=int(re.search(r"^\.reqntid (\d+)", ptx, re.MULTILINE)[1]),
+        threads=max(int(n) for n in re.findall(r"^\.reqntid (\d+)", ptx, re.MULTILINE)),
         matrix=dict(matrix),
         counts={name: sum(n for op, n in opcodes.items() if f"{op}.".startswith(f"{name}.")) for name in COUNTED},
         instructions=sum(opcodes.values()),
@@ -146,20 +158,21 @@ def read_report(config, usage, sass, ptx, host):
 
 
 def launched_shared_memory(host):
-    """The dynamic shared memory in the host code's launch, in bytes; None where it can't be found."""
+    """The dynamic shared memory in the host code's launch, or in the one that has most, in bytes; None where none can be found."""
+    found = []
     for function in host.split("llvm.func @"):  # names like %17 are a function's own
-        slot = re.search(rf"(%\w+) = llvm\.getelementptr %\w+\[0, 2\] : [^\n]*{re.escape(LAUNCH)}", function)
-        stored = slot and re.search(rf"llvm\.store (%\w+), {slot[1]} : i64", function)
-        value = stored and re.search(rf"{stored[1]} = llvm\.mlir\.constant\((\d+) : i64\)", function)
-        if value:
-            return int(value[1])
-    return None
+        for slot in re.findall(rf"(%\w+) = llvm\.getelementptr %\w+\[0, 2\] : [^\n]*{re.escape(LAUNCH)}", function):
+            stored = re.search(rf"llvm\.store (%\w+), {slot} : i64", function)
+            value = stored and re.search(rf"{stored[1]} = llvm\.mlir\.constant\((\d+) : i64\)", function)
+            if value:
+                found.append(int(value[1]))
+    return max(found, default=None)
 
 
 def overruns(host):
     """Whether the DSL left its check for a launch with too little shared memory in the host code: it folds a needless one away."""
-    message = re.search(r'@(\w+)\("[^\n]*may exceed available memory set in kernel launch', host)
-    return bool(message and re.search(rf"addressof @{message[1]}\b", host))
+    messages = re.findall(r'@(\w+)\("[^\n]*may exceed available memory set in kernel launch', host)
+    return any(re.search(rf"addressof @{message}\b", host) for message in messages)
 
 
 def problems(report):
@@ -185,6 +198,8 @@ def problems(report):
         found.append("no TMA load (UTMALDG)")
     if not n["UTMASTG"]:
         found.append("no TMA store (UTMASTG)")
+    if want.adds and not n["UBLKRED"]:
+        found.append("no TMA addition to memory (UBLKRED)")
     if report.registers > want.registers or (want.setmaxnreg and report.registers < want.registers):
         at_most = "" if want.setmaxnreg else "at most "
         found.append(f"{report.registers} registers at entry, the config predicted {at_most}{want.registers}")
@@ -213,6 +228,7 @@ COLUMNS = {  # of the table: header -> what stands there
     "DEPBAR": lambda r: r.counts["WARPGROUP.DEPBAR"],
     "UTMALDG": lambda r: r.counts["UTMALDG"],
     "UTMASTG": lambda r: r.counts["UTMASTG"],
+    "UBLKRED": lambda r: r.counts["UBLKRED"],
     "EX2": lambda r: r.counts["MUFU.EX2"],
     "R2P": lambda r: r.counts["R2P"],
     "instructions": lambda r: r.instructions,

@@ -4,12 +4,15 @@ Eager calls don't take this way: dispatching an operator costs the host about wh
 under another name has operators of that name.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
-from .attention import CALLS_REMEMBERED, backward_of, find_call
-from .launch import Launch
+from .attention import CALLS_REMEMBERED, OPERATORS, backward_of, find_call
+from .autograd import refuse_second_derivatives
+from .launch import Launch, readable
 from .plan import backward_config
-from .problem import DTYPES, Problem, check_gradient
+from .problem import DTYPES, Problem, check_arguments, check_gradient
 
 FORWARD, BACKWARD = f"{__package__}::forward", f"{__package__}::backward"
 DEVICES = ("cpu", "cuda")
@@ -48,23 +51,20 @@ def backward(dout, q, k, v, out, lse, softmax_scale, causal, deterministic):
     key = (*((t.shape, t.dtype, t.device) for t in tensors), softmax_scale, causal, deterministic)
     call = BACKWARD_CALLS.get(key)
     if call is None:
+        arguments = dict(softmax_scale=softmax_scale, causal=causal, deterministic=deterministic)
+        arguments |= dict(sm_margin=0, lse=True, unsupported={})
+        check_arguments(q, k, v, **arguments)
         check_gradient(dout, q, out, lse)
-        problem = Problem.of(
-            q,
-            k,
-            v,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            deterministic=deterministic,
-            sm_margin=0,
-            lse=True,
-            unsupported={},
-        )
+        problem = Problem.of(*map(readable, (q, k, v)), **arguments)
         if len(BACKWARD_CALLS) >= CALLS_REMEMBERED:
             BACKWARD_CALLS.clear()
         call = BACKWARD_CALLS[key] = backward_of(problem, q.device)
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    call(*tensors, *gradients)
+    if q.device.type == "cpu":  # by autograd, which records nothing inside an operator: in a thread, which isn't inside one
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(call, *tensors, *gradients).result()
+    else:
+        call(*tensors, *gradients)
     return gradients
 
 
@@ -74,3 +74,21 @@ BACKWARD_CALLS = {}  # as attention.CALLS
 @torch.library.register_fake(BACKWARD)
 def backward_shapes(dout, q, k, v, out, lse, softmax_scale, causal, deterministic):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def save(ctx, inputs, output):
+    q, k, v, softmax_scale, causal, deterministic, _ = inputs
+    out, lse = output
+    if q.device.type == "cuda":  # a head_dim without a backward shows in the forward
+        backward_config(DTYPES[q.dtype], int(q.shape[3]), "causal" if causal else "none", deterministic)
+    ctx.options = softmax_scale, causal, deterministic
+    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def gradients(ctx, dout, _):
+    return *OPERATORS.backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+torch.library.register_autograd(FORWARD, gradients, setup_context=save)
+torch.library.register_autograd(BACKWARD, refuse_second_derivatives)

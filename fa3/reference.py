@@ -71,14 +71,13 @@ def gradients(dout, q, k, v, *, softmax_scale=None, causal=False, dtype=torch.fl
         dQ, dK, dV = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
         for start in range(0, seqlen_q, step):
             stop = min(start + step, seqlen_q)
-            seen = stop + seqlen_k - seqlen_q if causal else seqlen_k  # by the chunk's last query
-            if seen <= 0:
-                continue
-            Q = q[:, start:stop].detach().to(dtype).requires_grad_()
-            O, _ = _attention(Q, K[:, :seen], V[:, :seen], softmax_scale, causal, dtype, dtype)
-            dQ[:, start:stop], *of_keys = torch.autograd.grad(O, (Q, K, V), dout[:, start:stop].detach().to(dtype))
-            dK += of_keys[0]
-            dV += of_keys[1]
+            seen = seqlen_k - (seqlen_q - stop) * causal  # by the chunk's last query
+            if seen > 0:
+                Q = q[:, start:stop].detach().to(dtype).requires_grad_()
+                O, _ = _attention(Q, K[:, :seen], V[:, :seen], softmax_scale, causal, dtype, dtype)
+                dQ[:, start:stop], dk, dv = torch.autograd.grad(O, (Q, K, V), dout[:, start:stop].detach().to(dtype))
+                dK += dk
+                dV += dv
     return tuple(dx.to(out_dtype or x.dtype) for dx, x in ((dQ, q), (dK, k), (dV, v)))
 
 

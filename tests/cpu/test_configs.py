@@ -1,4 +1,4 @@
-"""ForwardConfig: what it refuses, with which numbers, and that what it accepts fits a Hopper SM."""
+"""ForwardConfig and BackwardConfig: what they refuse, with which numbers, and that what they accept fits a Hopper SM."""
 
 import itertools
 import pickle
@@ -10,7 +10,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 from fa3.kernels import configs
-from fa3.kernels.configs import ConfigError, ForwardConfig
+from fa3.kernels.configs import BackwardConfig, ConfigError, ForwardConfig
 
 
 def buildable():
@@ -135,3 +135,48 @@ module.ForwardConfig()
 assert not {{"torch", "cutlass", "numpy"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def backward_buildable():
+    """Every BackwardConfig that can be built, over a grid of the fields that decide shared memory and registers."""
+    grid = dict(head_dim=(64, 128), tile_m=range(16, 129, 16), q_stages=(1, 2, 3), do_stages=(1, 2, 3), deterministic=(False, True))
+    found = []
+    for values in itertools.product(*grid.values()):
+        try:
+            found.append(BackwardConfig(**dict(zip(grid, values))))
+        except ConfigError:
+            pass
+    return found
+
+
+def test_what_is_accepted_backward_fits_an_sm():
+    accepted = backward_buildable()
+    assert {(c.head_dim, c.tile_m) for c in accepted} >= {(64, 128), (128, 64), (128, 80)}
+    for c in accepted:
+        assert c.shared_memory <= 227 * 1024, c
+        assert c.threads * c.entry_registers <= 65536, c
+        assert sum(r * n for r, n in zip(c.registers, (128, 256))) <= c.threads * c.entry_registers, c
+        # what dQ's sum is made of: every number of a tile is in one thread's accumulator, and moves 16 bytes at a time
+        assert c.accumulator_size * 256 == c.tile_m * c.head_dim and c.accumulator_size % 4 == 0, c
+        # the kernel before moves 16 bytes a thread, 256 threads at a time, and a tile's LSE is copied in pieces of 16 bytes
+        assert c.tile_m % (256 * 8 // c.head_dim) == 0 and c.tile_m * c.head_dim % (256 * 4) == 0 and c.tile_m * 4 % 16 == 0, c
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(dtype="fp32"), "dtype must be one of .*'bf16'.*, got 'fp32'"),
+        (dict(head_dim=256), r"head_dim must be one of \(64, 128\), got 256"),
+        (dict(mask="window"), "mask must be one of .*'causal'.*, got 'window'"),
+        (dict(tile_m=72), "tile_m must be one of .*64.*, got 72"),
+        (dict(head_dim=64, tile_m=64), r"tile_m must be one of \(128,\), got 64"),
+        (dict(tile_n=64), r"tile_n must be one of \(128,\), got 64"),
+        (dict(q_stages=0), "q_stages must be one of .*, got 0"),
+        (dict(do_stages=5), "do_stages must be one of .*, got 5"),
+        (dict(tile_m=80, q_stages=3), "needs 251904 bytes of shared memory, a Hopper block has 232448"),
+        (dict(tile_m=96, q_stages=1, do_stages=1), "keeps at least 248 registers live in a consumer thread, which gets 240"),
+    ],
+)
+def test_a_backward_config_that_cannot_run_is_refused(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        BackwardConfig(**changes)

@@ -14,9 +14,9 @@ import pytest
 
 from fa3 import inspect, plan, toolkit
 from fa3.inspect import expected_warp_mmas, expected_wgmmas, inspect_all, problems, read_report
-from fa3.kernels.configs import ForwardConfig
+from fa3.kernels.configs import BackwardConfig, ForwardConfig
 
-SHIPPED = plan.shipped()
+SHIPPED = [config for family in plan.FAMILIES for config in plan.shipped(family)]
 SPILLS = ForwardConfig(tile_m=192, tile_n=128, head_dim=128)
 OTHERS = [  # configs that nobody ships, for the formulas
     SPILLS,
@@ -28,6 +28,9 @@ OTHERS = [  # configs that nobody ships, for the formulas
     ForwardConfig(mask="causal", presume=True),
     ForwardConfig(head_dim=64, tile_m=192, presume=True, scheduler="single", extra_k_stages=1),
     ForwardConfig(warp_specialised=False, pingpong=False, scheduler="persistent", q_in_registers=True),
+    BackwardConfig(tile_m=48, mask="causal", q_stages=3),
+    BackwardConfig(tile_m=64, do_stages=1, early_rows=True, one_fence=True),
+    BackwardConfig(head_dim=64, tile_m=128, early_rows=True, one_fence=True, deterministic=True, mask="causal"),
 ]
 
 
@@ -52,9 +55,11 @@ def test_shipped_kernel(config, reports):
     assert (report.stack, report.local, report.counts["LDL"], report.counts["STL"]) == (0, 0, 0, 0)
     expected = {"HGMMA": expected_wgmmas(config), "HMMA": expected_warp_mmas(config), "QGMMA": 0}
     assert {**expected, **report.matrix} == expected
-    assert report.matrix["HGMMA"] > 0 and (report.matrix.get("HMMA", 0) > 0) == config.presume
+    assert report.matrix["HGMMA"] > 0 and (report.matrix.get("HMMA", 0) > 0) == getattr(config, "presume", False)
     assert report.counts["UTMALDG"] >= 3 and report.counts["UTMASTG"] >= 1
-    assert report.counts["MUFU.EX2"] >= config.tile_n * 64 // 128  # S, once in the code at least
+    assert (report.counts["UBLKRED"] > 0) == (config.family == "backward")
+    columns = config.tile_n if config.family == "forward" else config.tile_m
+    assert report.counts["MUFU.EX2"] >= columns * 64 // 128  # S, once in the code at least
     assert report.registers == config.entry_registers
     assert report.setmaxnreg == config.registers
     assert report.shared == config.shared_memory
@@ -125,7 +130,7 @@ def test_healthy_report(healthy):
     assert healthy.shared == ForwardConfig().shared_memory
     assert healthy.matrix == {"HGMMA": 48, "QGMMA": 0}
     assert healthy.counts == {
-        "UTMALDG": 1, "UTMASTG": 1, "MUFU.EX2": 1, "LDL": 0, "STL": 0, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 1, "R2P": 1,
+        "UTMALDG": 1, "UTMASTG": 1, "UBLKRED": 0, "MUFU.EX2": 1, "LDL": 0, "STL": 0, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 1, "R2P": 1,
     }  # fmt: skip
     assert healthy.instructions == 10 + 48
 
@@ -160,6 +165,16 @@ BROKEN = {
     "static shared memory": (lambda r: replace(r, shared_static=5120), "5120 bytes of static shared memory"),
     "shared memory overrun": (lambda r: replace(r, shared_fits=False), "allocates more shared memory"),
 }
+
+
+def test_several_kernels_are_read_as_one_call():
+    config = BackwardConfig()
+    small = USAGE.replace("REG:168", "REG:32").replace("STACK:0", "STACK:8")
+    ptx = PTX + PTX.replace("384", "256")
+    both = host(config.shared_memory) + host(8192)
+    report = read_report(config, usage=USAGE + small, sass=sass(config), ptx=ptx, host=both)
+    assert (report.registers, report.threads, report.shared) == (168, 384, config.shared_memory)
+    assert [re.sub(r":.*", "", p) for p in problems(report)] == ["registers spill", "no TMA addition to memory (UBLKRED)"]
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -7,7 +7,7 @@ import pytest
 
 from fa3 import demo
 from fa3.kernels.configs import SHARED_MEMORY_LIMIT, ForwardConfig
-from fa3.plan import FAMILIES, FORWARD, Device, plan_forward, shipped
+from fa3.plan import FAMILIES, FORWARD, Device, plan_backward, plan_forward, shipped
 from perf import suites
 
 DEVICE = Device()
@@ -131,6 +131,33 @@ def test_every_family_ships_something():
     assert all(shipped(family) for family in FAMILIES)
     with pytest.raises(ValueError, match="family must be one of .*forward.*, got 'sideways'"):
         shipped("sideways")
+
+
+def test_shipped_backward_configs():
+    configs = shipped("backward")
+    assert len(set(configs)) == len(configs)
+    kinds = {(c.dtype, c.head_dim, c.mask, c.deterministic) for c in configs}
+    masks = [(d, mask) for d in (64, 128) for mask in ("none", "causal")]
+    assert kinds == {(dtype, *where, fixed) for dtype in ("fp16", "bf16") for where in masks for fixed in (False, True)}
+    assert all(c.family == "backward" for c in configs)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("seqlen_q", [1, 64, 1000])
+def test_backward_workspace_is_dqs_sum_and_two_numbers_a_query(seqlen_q, deterministic):
+    p = replace(problem((3, seqlen_q, 300, 8, 2), head_dim=64), deterministic=deterministic)
+    plan = plan_backward(p, DEVICE)
+    assert plan.config.deterministic == deterministic
+    assert plan.rows % plan.config.tile_m == 0 and 0 <= plan.rows - seqlen_q < plan.config.tile_m
+    shapes = {name: None if spec is None else spec[0] for name, spec in plan.workspace.items()}
+    queries = (3, 8, plan.rows)
+    semaphore = (3, 8, 8 * plan.query_tiles) if deterministic else None
+    assert shapes == {"dq_accum": (3, 8, plan.rows * 64), "lse_log2": queries, "delta": queries, "semaphore": semaphore}
+
+
+def test_a_head_dim_without_a_backward_is_named():
+    with pytest.raises(NotImplementedError, match=r"head_dim must be one of \[64, 128\] where gradients are wanted, got 256"):
+        plan_backward(problem(head_dim=256), DEVICE)
 
 
 @pytest.mark.parametrize("margin", [1, 20, 131])

@@ -1,9 +1,12 @@
 """The backward kernels' gradients: accuracy against fp32/fp64 math, every layout and size, bits from run to run, memory, and
 how they live with the rest of PyTorch: autograd, CUDA graphs, streams, torch.compile, operator checks.
 
-A gradient is right when its largest error is at most twice that of plain PyTorch attention's gradient in the same dtype, or
-within SLACK of what fp32 arithmetic makes of its sum's terms (`terms`): with one key, say, dQ and dK are 0 by cancellation,
-and plain attention gets exactly that. `compute-sanitizer --tool memcheck python -m pytest tests/gpu/test_backward.py -k
+A gradient is right when its largest error is at most twice that of plain PyTorch attention's gradient in the same dtype, plus
+SLACK of the terms that it is the sum of (`terms`): with one key, say, dQ and dK are 0 by cancellation, and plain attention gets
+exactly that, where fp32 sums that should cancel don't quite. With 2 to FEW_KEYS keys plain attention's largest error is that of
+few roundings, and may be small by luck; delta has its own, from O's, and a quarter of the dtype's epsilon takes SLACK's place.
+
+`compute-sanitizer --tool memcheck python -m pytest tests/gpu/test_backward.py -k
 small_case` is what to run under compute-sanitizer.
 """
 
@@ -24,6 +27,7 @@ from tests.gpu.test_forward import (
 from tests.gpu.test_runtime import alone  # noqa: F401 (a fixture)
 
 SLACK = 1e-5  # 84 times fp32's epsilon
+FEW_KEYS = 8
 FEW_HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (2, 1)}
 MEGABYTE = 1 << 20
 
@@ -77,13 +81,18 @@ def visible(seqlen_q, seqlen_k, device):
     return key <= query[:, None] + seqlen_k - seqlen_q
 
 
-def faults(found, q, k, v, dout, causal=False, softmax_scale=None):
-    """What is wrong with these gradients (name -> tensor): sentences, none where they are right."""
+def truth_and_plain(q, k, v, dout, causal, softmax_scale):
+    """Name -> gradient in fp32 or fp64 math, and name -> gradient of plain attention."""
     wide = torch.float64 if q.shape[1] * k.shape[1] <= 2048**2 else torch.float32
     options = dict(causal=causal, softmax_scale=softmax_scale)
-    exact = lambda q, k, v: attention(q, k, v, **options, dtype=wide, out_dtype=wide)[0]
-    truth = by_autograd(exact, q, k, v, dout, wide)
-    plain = by_autograd(lambda q, k, v: plain_attention(q, k, v, **options), q, k, v, dout, q.dtype)
+    truth = lambda q, k, v: attention(q, k, v, **options, dtype=wide, out_dtype=wide)[0]
+    plain = lambda q, k, v: plain_attention(q, k, v, **options)
+    return by_autograd(truth, q, k, v, dout, wide), by_autograd(plain, q, k, v, dout, q.dtype)
+
+
+def faults(found, q, k, v, dout, causal=False, softmax_scale=None):
+    """What is wrong with these gradients (name -> tensor): sentences, none where they are right."""
+    truth, plain = truth_and_plain(q, k, v, dout, causal, softmax_scale)
     inputs = dict(q=q, k=k, v=v)
     wrong, slack = [], None
     for name, grad in found.items():
@@ -95,8 +104,8 @@ def faults(found, q, k, v, dout, causal=False, softmax_scale=None):
             bound = 2 * (plain[name] - truth[name]).abs().max().item()
             assert math.isfinite(bound), f"plain attention's d{name} overflows, so it measures nothing: choose smaller inputs"
             if not error <= bound:
-                slack = slack or terms(q, k, v, dout, causal, softmax_scale, wide)
-                bound = max(bound, SLACK * slack[name])
+                slack = slack or terms(q, k, v, dout, causal, softmax_scale, truth[name].dtype)
+                bound += slack[name] * (torch.finfo(q.dtype).eps / 4 if 1 < k.shape[1] < FEW_KEYS else SLACK)
                 if not error <= bound:
                     wrong.append(f"d{name} is off by {error:.3g}, more than {bound:.3g} (largest {truth[name].abs().max():.3g})")
     blind = q.shape[1] if k.shape[1] == 0 else max(0, q.shape[1] - k.shape[1]) if causal else 0
@@ -144,6 +153,31 @@ def test_every_length(dtype, d, causal, heads):
         again = gradients(q, k, v, dout, causal=causal)
         wrong += [f"lengths {seqlen_q}, {seqlen_k}: two runs' d{name} differ" for name in found if not near(again[name], found[name])]
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+def squares(x):
+    """(batch, blocks, heads): sums of the squares of each 64 rows."""
+    rows = torch.nn.functional.pad(x.double() ** 2, (0, 0, 0, 0, 0, -x.shape[1] % 64))
+    return rows.unflatten(1, (-1, 64)).sum((2, 4))
+
+
+@dtypes
+@head_dims
+@masks
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+def test_every_block_of_rows(dtype, d, causal, heads):
+    """The largest error is that of rows that see few keys; other rows' gradients are smaller than that under a causal mask.
+
+    So the root mean square of the error in each 64 rows is compared, too, with that of plain attention in the same rows.
+    """
+    for seqlen_q, seqlen_k in ((1023, 1024), (2048, 2048), (1500, 700), (700, 1500)):
+        q, k, v = inputs(1, seqlen_q, seqlen_k, *HEADS[heads], d, dtype)
+        dout = torch.randn_like(q)
+        found = gradients(q, k, v, dout, causal=causal)
+        truth, plain = truth_and_plain(q, k, v, dout, causal, None)
+        for name, grad in found.items():
+            ours, theirs = (squares(x - truth[name]) for x in (grad, plain[name]))
+            assert (ours <= 4 * theirs).all(), f"lengths {seqlen_q}, {seqlen_k}, d{name}: {(ours / theirs).sqrt()}"
 
 
 MORE_LENGTHS = [
@@ -716,6 +750,30 @@ def test_checkpoint(reentrant):
     assert not differing({n: x.grad for n, x in zip("qkv", leaves)}, want)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_autocast(dtype):
+    """fp32 inputs run in autocast's dtype, and their gradients come in fp32; the backward may run outside of it."""
+    leaves = [x.float().requires_grad_() for x in inputs(2, 203, 310, 4, 2, 128, dtype)]
+    with torch.autocast("cuda", dtype):
+        out = flash_attn_func(*leaves, causal=True, deterministic=True)
+    assert out.dtype == dtype
+    dout = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, dout)
+    want = gradients(*(x.detach().to(dtype) for x in leaves), dout, causal=True, deterministic=True)
+    assert not differing(dict(zip("qkv", found)), {n: x.float() for n, x in want.items()})
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_autocast_between_linear_layers(dtype):
+    """fp32 weights, as in training; a half-precision input of the other dtype is not converted."""
+    block = Block(4, 64).to("cuda")
+    x = torch.randn(2, 300, 256, device="cuda")
+    with torch.autocast("cuda", dtype):
+        block(x).square().mean().backward()
+        assert flash_attn_func(*inputs(1, 10, 10, 1, 1, 64, FP16 if dtype == BF16 else BF16)).dtype != dtype
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any() for p in block.parameters())
+
+
 def test_one_tensor_as_query_key_and_value():
     x = normal(2, 203, 4, 128).requires_grad_()
     out = flash_attn_func(x, x, x, deterministic=True)
@@ -949,3 +1007,33 @@ def test_compiled_module(checkpointed, fresh_compiler):
     found = torch.autograd.grad(torch.compile(block, fullgraph=True)(x).sum(), block.parameters())
     for a, b in zip(found, want):
         assert (a - b).abs().max() <= 2e-2 * b.abs().max()
+
+
+def test_compiled_under_autocast(fresh_compiler):
+    call = lambda q, k, v: flash_attn_func(q, k, v, causal=True, deterministic=True)
+    q, k, v = (x.float() for x in inputs(2, 203, 310, 4, 2, 128))
+    with torch.autocast("cuda", BF16):
+        check_same(torch.compile(call, fullgraph=True), call, q, k, v, normal(2, 203, 4, 128))
+
+
+# Operators.
+
+
+@masks
+@pytest.mark.parametrize("wanted", ["", "q", "kv", "qkv"])
+def test_operator_of_the_forward(wanted, causal):
+    q, k, v = (x.requires_grad_(n in wanted) for n, x in zip("qkv", inputs(2, 130, 203, 4, 2, 64)))
+    torch.library.opcheck(torch.ops.fa3.forward.default, (q, k, v, 0.125, causal, True, 0))
+    q, k, v = (x.detach().requires_grad_(n in wanted) for n, x in zip("qkv", LAYOUTS[0](2, 130, 4, 64)))
+    torch.library.opcheck(torch.ops.fa3.forward.default, (q, k, v, -0.3, causal, True, 8))
+
+
+@masks
+@pytest.mark.parametrize("layout", [torch.clone, heads_before_the_sequence, one_number, misaligned])
+def test_operator_of_the_backward(layout, causal):
+    for scale, tensors in ((0.125, inputs(2, 130, 203, 4, 2, 64)), (-0.3, LAYOUTS[0](2, 130, 4, 64))):
+        q, k, v = tensors
+        out, lse = flash_attn_func(q, k, v, softmax_scale=scale, causal=causal, return_attn_probs=True)
+        arguments = layout(torch.randn_like(out)), q, k, v, out, lse, scale, causal, True
+        torch.library.opcheck(torch.ops.fa3.backward.default, arguments)
+        assert all(x.is_contiguous() for x in torch.ops.fa3.backward(*arguments))
