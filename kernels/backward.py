@@ -95,7 +95,6 @@ class BackwardKernel:
         delta: cute.Tensor,  # (batch, heads, rows) fp32
         semaphore: cute.Tensor | None,  # (batch, heads, query tiles) int32, zeros: deterministic only
         softmax_scale: Float32,
-        head_group: Int32,  # K/V heads whose tiles are worked on together (parts/schedule.py)
         stream: cuda.CUstream,
     ):
         c = self.config
@@ -117,7 +116,7 @@ class BackwardKernel:
         store_dk, mdK = tiles.tma_store(dK, out_layout, WARP_ROWS, c.head_dim)
         store_dv, mdV = tiles.tma_store(dV, out_layout, WARP_ROWS, c.head_dim)
         key_tiles = cute.ceil_div(K.shape[0], c.tile_n)
-        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], head_group)
+        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(c.head_group))
         copies, layouts = (load_q, load_do, load_k, load_v, store_dk, store_dv), (q_layout, do_layout, k_layout, ds_layout, out_layout)
         tensors = (Q, dO, K, V, mdK, mdV)
         queries_per_kv = Q.shape[2] // K.shape[2]
@@ -155,7 +154,7 @@ class BackwardKernel:
             semaphore = make_fake_tensor(Int32, (batch, heads, query_tiles), (cute.sym_int64(), cute.sym_int64(), 1))
         accum = workspace(cute.sym_int32())
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), semaphore, Float32(1.0), Int32(1), stream
+        return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), semaphore, Float32(1.0), stream
 
     @cute.kernel
     def kernel(

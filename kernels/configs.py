@@ -247,6 +247,7 @@ class BackwardConfig:
     tile_m: queries of one step of the mainloop.
     tile_n: keys a CTA owns.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight.
+    head_group: K/V heads whose tiles are worked on together (parts/schedule.py).
     early_rows: LSE and delta are loaded before S and dP are waited for, and not after.
     one_fence: dQ of a tile leaves behind the fence that the next tile's dS needs, and not behind one of its own.
     deterministic: key tiles add to dQ in a fixed order.
@@ -259,6 +260,7 @@ class BackwardConfig:
     tile_n: int = 128
     q_stages: int = 2
     do_stages: int = 2
+    head_group: int = 1
     early_rows: bool = False
     one_fence: bool = False
     deterministic: bool = False
@@ -277,6 +279,8 @@ class BackwardConfig:
         one_of("tile_n", (128,))
         one_of("q_stages", (1, 2, 3, 4))
         one_of("do_stages", (1, 2, 3, 4))
+        if self.head_group < 1:
+            raise ConfigError(f"head_group must be at least 1, got {self.head_group!r}")
         one_of("tile_m", (128,) if self.head_dim == 64 else (16, 32, 48, 64, 80, 96, 112, 128))
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
