@@ -70,9 +70,11 @@ def compile(config, *options):
 def kernel_of(config):
     """The kernel object, uncompiled, that a config describes."""
     from .kernels.backward import BackwardKernel
+    from .kernels.backward_wide import WideBackwardKernel
     from .kernels.forward import ForwardKernel
 
-    return {"forward": ForwardKernel, "backward": BackwardKernel}[config.family](config)
+    backward = WideBackwardKernel if getattr(config, "wide", False) else BackwardKernel
+    return {"forward": ForwardKernel, "backward": backward}[config.family](config)
 
 
 def _from_disk_or_compiled(config):

@@ -1,7 +1,7 @@
 """FlashAttention-3's backward pass for Hopper (arXiv 2407.08608, appendix B.1).
 
-A CTA owns tile_n keys of a K/V head: a warp of its producer warpgroup loads, and each of two consumer warpgroups has 64 of
-the keys. It walks over the queries that see them, of all query heads of the group. The names are the paper's:
+A CTA owns tile_n keys of a K/V head: a warp of its producer warpgroup loads, and two consumer warpgroups share the work: each
+has 64 of the keys here, and one of the gradients in backward_wide.py, where they take more registers. The CTA walks over the queries that see them, of all query heads of the group. The names are the paper's:
 P = exp(S - LSE), dP = dO Vᵀ, dS = P ∘ (dP - delta), dV = Pᵀ dO, dK = dSᵀ Q, dQ = dS K.
 
 S and dP are computed transposed, keys by queries: so P and dS are, in registers, the operands that dV and dK need, and only dQ,
@@ -24,7 +24,7 @@ from .dq import DqKernel
 from .parts import accumulate, barriers, tiles, wgmma
 from .parts.barriers import WARP
 from .parts.mask import RightMask
-from .parts.output import WARP_ROWS, StagedOutput
+from .parts.output import WARP_ROWS, WARPS, StagedOutput
 from .parts.rounding import DTYPES, round_into
 from .parts.schedule import Divisor, TileList
 from .parts.softmax import LOG2_E, exp2
@@ -181,12 +181,17 @@ class BackwardKernel:
         k_barriers = smem.allocate_array(cutlass.Int64, 2)
         v_barriers = smem.allocate_array(cutlass.Int64, 2)
         ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers)
+        p_full = smem.allocate_array(cutlass.Int64, 1)
         s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.q_stages)), byte_alignment=16)
         s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
         q_layout, do_layout, k_layout, ds_layout, out_layout = layouts
         shared = [self.allocate(smem, layout) for layout in (q_layout, do_layout, k_layout, k_layout, ds_layout)]
         sQ, sdO, sK, sV, sdS = shared
-        sdQ = smem.allocate_tensor(Float32, cute.make_layout(c.tile_m * c.head_dim), byte_alignment=128)
+        sdQ, sP = None, None
+        if cutlass.const_expr(c.tile_bytes["dQ"] > 0):
+            sdQ = smem.allocate_tensor(Float32, cute.make_layout(c.tile_m * c.head_dim), byte_alignment=128)
+        if cutlass.const_expr(c.tile_bytes["P"] > 0):
+            sP = smem.allocate_tensor(Int32, cute.make_layout(c.tile_bytes["P"] // 4), byte_alignment=128)
 
         consumer_warps = WARPGROUPS * WARPGROUP // WARP
         row_bytes = 4 * c.tile_m
@@ -198,8 +203,9 @@ class BackwardKernel:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
             if cute.arch.lane_idx() == 0:
+                cute.arch.mbarrier_init(p_full, WARPS)
                 for i in cutlass.range_constexpr(c.ds_buffers):
-                    cute.arch.mbarrier_init(ds_full + i, consumer_warps)
+                    cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()
@@ -218,14 +224,13 @@ class BackwardKernel:
             cute.arch.setmaxregister_increase(c.registers[1])
             sdK, sdV = sK, sV  # nobody needs K and V when dK and dV are complete
             outputs = [
-                StagedOutput.in_memory(copy, memory, out_layout, 1, 0, tensor, WARPGROUPS, 1)
+                StagedOutput.in_memory(copy, memory, out_layout, 1, 0, tensor, c.tile_n // ROWS, 1)
                 for copy, memory, tensor in ((copies[4], sdK, mdK), (copies[5], sdV, mdV))
             ]
             adder = accumulate.Adder.start(dq_accum, sdQ, semaphore, c.tile_m * c.head_dim, c.accumulator_size)
-            operands = sQ, sdO, sK, sV, sdS
-            index, thread = warpgroup_index - 1, thread % WARPGROUP
-            t = self.consumer(index, thread, mask, softmax_scale * Float32(LOG2_E), (*rings, ds_full), operands, (s_lse, s_delta))
-            self.consume(t, place, adder, outputs, softmax_scale)
+            own = warpgroup_index - 1, thread % WARPGROUP, mask, softmax_scale * Float32(LOG2_E)
+            exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP), (s_lse, s_delta)
+            self.consume(own, exchanged, place, adder, outputs, softmax_scale)
 
     def allocate(self, smem, layout):
         """Shared memory for tiles of this layout."""
@@ -259,7 +264,8 @@ class BackwardKernel:
     def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
-        sQ, sdO, sK, sV, sdS = shared
+        *rings, _ = rings
+        sQ, sdO, sK, sV, sdS, _ = shared
         K_MAJOR, MN_MAJOR = OperandMajorMode.K, OperandMajorMode.MN
         registers, memory = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         kq_op = wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory)
@@ -318,9 +324,10 @@ class BackwardKernel:
         return cute.local_tile(shared, (ROWS, *shared.shape[1:]), (index, 0, 0))
 
     @cute.jit
-    def consume(self, t: Consumer, place, adder, outputs, softmax_scale):
+    def consume(self, own, exchanged, place, adder, outputs, softmax_scale):
         """One warpgroup: dK and dV of its 64 keys, and what they add to dQ."""
         c = self.config
+        t = self.consumer(*own, *exchanged)
         n, head_kv, batch, m_first, m_stop, queries_per_kv = place
         q_at, do_at, kv_at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages), barriers.consuming(1)
         ds_at = barriers.consuming(c.ds_buffers)
@@ -346,8 +353,7 @@ class BackwardKernel:
             t.dK.fill(0.0)
             t.dV.fill(0.0)
         cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
-        for i in cutlass.range_constexpr(cute.size(t.dK)):
-            wgmma.flat(t.dK)[i] = wgmma.flat(t.dK)[i] * softmax_scale
+        self.scale(t.dK, softmax_scale)
         for gradient, output in zip((t.dV, t.dK), reversed(outputs)):
             output.write(gradient, 0, n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread)
         outputs[0].finish()
@@ -405,17 +411,23 @@ class BackwardKernel:
         return q_at, do_at, ds_at
 
     @cute.jit
+    def scale(self, acc: cute.Tensor, factor):
+        flat = wgmma.flat(acc)
+        for i in [*range(cute.size(flat))]:  # a list, so that the loop is Python's
+            flat[i] = flat[i] * factor
+
+    @cute.jit
     def exponentials(self, t: Consumer, lse_log2: cute.Tensor):
         """S becomes P."""
         s = wgmma.flat(t.S)
-        for i in [*range(cute.size(t.S))]:  # a list, so that the loop is Python's
+        for i in [*range(cute.size(s))]:
             s[i] = exp2(s[i] * t.scale_log2 - lse_log2[i % 2, i // 4])
 
     @cute.jit
     def differentials(self, t: Consumer, delta: cute.Tensor):
         """dP becomes dS = P ∘ (dP - delta)."""
         dp, p = wgmma.flat(t.dP), wgmma.flat(t.P)
-        for i in [*range(cute.size(t.dP))]:
+        for i in [*range(cute.size(dp))]:
             dp[i] = p[i].to(Float32) * (dp[i] - delta[i % 2, i // 4])
 
     def publish(self):

@@ -245,11 +245,11 @@ class BackwardConfig:
     head_dim: 64, 128 or 256, of all of them.
     mask: "none", or "causal" aligned to the bottom right.
     tile_m: queries of one step of the mainloop.
-    tile_n: keys a CTA owns.
+    tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight.
     head_group: K/V heads whose tiles are worked on together (parts/schedule.py).
-    early_rows: LSE and delta are loaded before S and dP are waited for, and not after.
-    one_fence: dQ of a tile leaves behind the fence that the next tile's dS needs, and not behind one of its own.
+    early_rows: LSE and delta are loaded before S and dP are waited for, and not after (not at head_dim 256).
+    one_fence: dQ of a tile leaves behind the fence that the next tile's dS needs, and not behind one of its own (likewise).
     deterministic: key tiles add to dQ in a fixed order.
     """
 
@@ -274,14 +274,17 @@ class BackwardConfig:
                 raise ConfigError(f"{name} must be one of {allowed}, got {got!r}")
 
         one_of("dtype", tuple(DTYPE_BYTES))
-        one_of("head_dim", (64, 128))
+        one_of("head_dim", (64, 128, 256))
         one_of("mask", ("none", "causal"))
-        one_of("tile_n", (128,))
+        one_of("tile_n", (64,) if self.wide else (128,))
         one_of("q_stages", (1, 2, 3, 4))
         one_of("do_stages", (1, 2, 3, 4))
+        if self.wide:
+            one_of("early_rows", (False,))
+            one_of("one_fence", (False,))
         if self.head_group < 1:
             raise ConfigError(f"head_group must be at least 1, got {self.head_group!r}")
-        one_of("tile_m", (128,) if self.head_dim == 64 else (16, 32, 48, 64, 80, 96, 112, 128))
+        one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64, 80, 96, 112, 128), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
                 f"{self} needs {self.shared_memory} bytes of shared memory, a Hopper block has {SHARED_MEMORY_LIMIT}"
@@ -309,10 +312,16 @@ class BackwardConfig:
         return REGISTER_FILE // self.threads // 8 * 8
 
     @property
+    def wide(self):
+        """Whether dK and dV of 64 keys take a warpgroup's registers each, so that a warpgroup has but one of them (backward_wide.py)."""
+        return self.head_dim == 256
+
+    @property
     def live_registers(self):
-        """Registers that the tiles alone hold in a consumer thread: dK and dV, S and dQ in flight, P; or P, dP, and dQ."""
+        """Registers that the tiles alone hold in a consumer thread: dK and dV, or one of them; S and dQ in flight; and P."""
         tile, P = 64 * self.tile_m // WARPGROUP, 64 * self.tile_m // WARPGROUP // 2
-        return 2 * (64 * self.head_dim // WARPGROUP) + tile + self.accumulator_size + P
+        gradients = 64 * self.head_dim // WARPGROUP * (1 if self.wide else 2)
+        return gradients + self.accumulator_size + P + (0 if self.wide else tile)
 
     @property
     def last_keys_first(self):
@@ -323,8 +332,13 @@ class BackwardConfig:
 
     @property
     def dq_by_rows(self):
-        """Whether a warpgroup computes 64 queries of dQ; else it computes 64 of head_dim, of all queries of the tile."""
-        return self.tile_m == 128
+        """Whether a warpgroup's accumulator of dQ has 64 queries for rows; else 64 of head_dim."""
+        return self.tile_m == 128 or self.wide
+
+    @property
+    def dq_part(self):
+        """(queries, columns) of dQ's tile that a warpgroup computes."""
+        return (64, self.head_dim // 2) if self.wide else (64, self.head_dim) if self.dq_by_rows else (self.tile_m, 64)
 
     @property
     def accumulator_size(self):
@@ -334,27 +348,28 @@ class BackwardConfig:
     @property
     def ds_buffers(self):
         """Places for dS in shared memory: with two, one barrier a step is enough."""
-        return 2
+        return 1 if self.wide else 2
 
     @property
     def tile_bytes(self):
-        """Bytes of the shared-memory tiles: one stage of Q (or dO), K (or V), one buffer of dS, dQ in fp32."""
+        """Bytes of the shared-memory tiles: one stage of Q (or dO), K (or V), one buffer of dS; of dQ in fp32 and P, or 0."""
         element = DTYPE_BYTES[self.dtype]
         return {
             "Q": self.tile_m * self.head_dim * element,
             "K": self.tile_n * self.head_dim * element,
             "dS": self.tile_m * self.tile_n * element,
-            "dQ": self.tile_m * self.head_dim * 4,
+            "dQ": 0 if self.wide else self.tile_m * self.head_dim * 4,
+            "P": self.tile_m * self.tile_n * element if self.wide else 0,
         }
 
     @property
     def barrier_bytes(self):
         """mbarriers, full and empty, for K, V and each stage of Q and dO, and LSE and delta of those; padded for the tiles."""
         stages = self.q_stages + self.do_stages
-        return -(-(8 * 2 * (2 + stages) + 8 * self.ds_buffers + 4 * self.tile_m * stages) // 1024) * 1024
+        return -(-(8 * 2 * (2 + stages) + 8 * (self.ds_buffers + 1) + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        return self.barrier_bytes + (self.q_stages + self.do_stages) * t["Q"] + 2 * t["K"] + self.ds_buffers * t["dS"] + t["dQ"]
+        return self.barrier_bytes + (self.q_stages + self.do_stages) * t["Q"] + 2 * t["K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]

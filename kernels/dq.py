@@ -48,7 +48,8 @@ class DqKernel:
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
 
-        columns = c.head_dim if c.dq_by_rows else c.tile_m
+        queries, head_dims = c.dq_part
+        columns = head_dims if c.dq_by_rows else queries
         op = wgmma.operation(self.dtype, columns, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
         shape = cute.make_tiled_mma(op).partition_shape_C((64, columns))
         acc, rounded = cute.make_rmem_tensor(shape, Float32), cute.make_rmem_tensor(shape, self.dtype)
@@ -60,8 +61,8 @@ class DqKernel:
         for i in cutlass.range_constexpr(cute.size(acc)):
             flat[i] = flat[i] * scale
         round_into(rounded, acc)
-        rows = shared[None, None, 0] if c.dq_by_rows else tiles.transposed(shared)[None, None, 0]
-        own = cute.local_tile(rows, (64, columns), (index, 0))
+        own = cute.local_tile(shared[None, None, 0], c.dq_part, (index, 0) if queries < c.tile_m else (0, index))
+        own = own if c.dq_by_rows else cute.make_tensor(own.iterator, cute.select(own.layout, mode=[1, 0]))
         wgmma.store_rounded(op, rounded, own, thread % WARPGROUP, transposed=not c.dq_by_rows)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_threads()

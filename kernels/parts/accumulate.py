@@ -33,7 +33,7 @@ class Adder:
     """Adds accumulators, a warp its part on its own: through shared memory, from where TMA adds it to global memory."""
 
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
-    shared: cute.Tensor  # (elements of a tile)
+    shared: cute.Tensor | None  # (elements of a tile); None where there is no room, for `add`
     turns: cute.Tensor | None  # (batch, heads, tiles · warps of one) int32 zeros: how many have added, if they do so in order
     pending: cute.Tensor  # the counter's address, where a warp's addition is yet to be counted; else 0
     elements: Constexpr[int]  # of a tile
@@ -66,6 +66,25 @@ class Adder:
             target = by_vectors(tile_of(self.sums, m, head, batch, self.elements), warp, self.size)
             add_bulk(target.iterator, self.own(index, thread).iterator, WARP * self.size)
             cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def add(self, acc: cute.Tensor, turn, m, head, batch, index, thread):
+        """The accumulator straight from registers to tile m of a head. turn: as in `send`."""
+        warp, lane = self.warp(index, thread), thread % WARP
+        counter = Int64(0)
+        if cutlass.const_expr(self.turns is not None):
+            counter = self.turns[batch, head, None].iterator.toint() + Int64(m * self.warps + warp) * 4
+            if lane == 0:
+                await_count(counter, turn)
+            cute.arch.sync_warp()
+        target = by_vectors(tile_of(self.sums, m, head, batch, self.elements), warp, self.size)[None, None, lane]
+        for j in cutlass.range_constexpr(self.size // VECTOR):
+            add_vector(target[None, j].iterator, [wgmma.flat(acc)[VECTOR * j + i] for i in range(VECTOR)])
+        if cutlass.const_expr(self.turns is not None):
+            cute.arch.fence_acq_rel_gpu()
+            cute.arch.sync_warp()
+            if lane == 0:
+                count_up(counter)
 
     @cute.jit
     def finish(self):
@@ -111,6 +130,14 @@ def await_count(address, count):
 def count_up(address):
     """Adds 1 to a counter in global memory, after all that this thread has written."""
     cute.arch.inline_ptx("red.release.gpu.global.add.s32 [{$r0}], 1;", read_only_args=[address])
+
+
+def add_vector(target, numbers):
+    """Adds 4 fp32 numbers to 16 bytes of global memory."""
+    cute.arch.inline_ptx(
+        "red.relaxed.gpu.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[target.toint(), *numbers],
+    )
 
 
 def add_bulk(target, source, count):

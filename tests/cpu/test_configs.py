@@ -139,7 +139,7 @@ assert not {{"torch", "cutlass", "numpy"}} & set(sys.modules)
 
 def backward_buildable():
     """Every BackwardConfig that can be built, over a grid of the fields that decide shared memory and registers."""
-    grid = dict(head_dim=(64, 128), tile_m=range(16, 129, 16), q_stages=(1, 2, 3), do_stages=(1, 2, 3), deterministic=(False, True))
+    grid = dict(head_dim=(64, 128, 256), tile_m=range(16, 129, 16), tile_n=(64, 128), q_stages=(1, 2, 3), do_stages=(1, 2, 3), deterministic=(False, True))
     found = []
     for values in itertools.product(*grid.values()):
         try:
@@ -151,7 +151,7 @@ def backward_buildable():
 
 def test_what_is_accepted_backward_fits_an_sm():
     accepted = backward_buildable()
-    assert {(c.head_dim, c.tile_m) for c in accepted} >= {(64, 128), (128, 64), (128, 80)}
+    assert {(c.head_dim, c.tile_m) for c in accepted} >= {(64, 128), (128, 64), (128, 80), (256, 64)}
     for c in accepted:
         assert c.shared_memory <= 227 * 1024, c
         assert c.threads * c.entry_registers <= 65536, c
@@ -166,7 +166,11 @@ def test_what_is_accepted_backward_fits_an_sm():
     "changes, says",
     [
         (dict(dtype="fp32"), "dtype must be one of .*'bf16'.*, got 'fp32'"),
-        (dict(head_dim=256), r"head_dim must be one of \(64, 128\), got 256"),
+        (dict(head_dim=96), r"head_dim must be one of \(64, 128, 256\), got 96"),
+        (dict(head_dim=256), r"tile_n must be one of \(64,\), got 128"),
+        (dict(head_dim=256, tile_n=64, tile_m=80), r"tile_m must be one of \(64,\), got 80"),
+        (dict(head_dim=256, tile_n=64, early_rows=True), r"early_rows must be one of \(False,\), got True"),
+        (dict(head_group=0), "head_group must be at least 1, got 0"),
         (dict(mask="window"), "mask must be one of .*'causal'.*, got 'window'"),
         (dict(tile_m=72), "tile_m must be one of .*64.*, got 72"),
         (dict(head_dim=64, tile_m=64), r"tile_m must be one of \(128,\), got 64"),

@@ -57,7 +57,8 @@ def test_shipped_kernel(config, reports):
     assert {**expected, **report.matrix} == expected
     assert report.matrix["HGMMA"] > 0 and (report.matrix.get("HMMA", 0) > 0) == getattr(config, "presume", False)
     assert report.counts["UTMALDG"] >= 3 and report.counts["UTMASTG"] >= 1
-    assert (report.counts["UBLKRED"] > 0) == (config.family == "backward")
+    added = {"forward": (False, False), "backward": (config.head_dim < 256, config.head_dim == 256)}
+    assert (report.counts["UBLKRED"] > 0, report.counts["REDG"] > 0) == added[config.family]
     columns = config.tile_n if config.family == "forward" else config.tile_m
     assert report.counts["MUFU.EX2"] >= columns * 64 // 128  # S, once in the code at least
     assert report.registers == config.entry_registers
@@ -130,7 +131,7 @@ def test_healthy_report(healthy):
     assert healthy.shared == ForwardConfig().shared_memory
     assert healthy.matrix == {"HGMMA": 48, "QGMMA": 0}
     assert healthy.counts == {
-        "UTMALDG": 1, "UTMASTG": 1, "UBLKRED": 0, "MUFU.EX2": 1, "LDL": 0, "STL": 0, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 1, "R2P": 1,
+        "UTMALDG": 1, "UTMASTG": 1, "UBLKRED": 0, "REDG": 0, "MUFU.EX2": 1, "LDL": 0, "STL": 0, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 1, "R2P": 1,
     }  # fmt: skip
     assert healthy.instructions == 10 + 48
 
@@ -174,7 +175,7 @@ def test_several_kernels_are_read_as_one_call():
     both = host(config.shared_memory) + host(8192)
     report = read_report(config, usage=USAGE + small, sass=sass(config), ptx=ptx, host=both)
     assert (report.registers, report.threads, report.shared) == (168, 384, config.shared_memory)
-    assert [re.sub(r":.*", "", p) for p in problems(report)] == ["registers spill", "no TMA addition to memory (UBLKRED)"]
+    assert [re.sub(r":.*", "", p) for p in problems(report)] == ["registers spill", "no addition to memory (UBLKRED)"]
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -1,0 +1,212 @@
+"""The backward pass at head_dim 256: two warpgroups share a CTA's 64 keys, and each has one of their gradients.
+
+dK or dV of 64 keys takes 128 registers of a warpgroup. One has S, P and dV; the other dP, dS and dK, for which it gets P through
+shared memory; and each half of head_dim of dQ, for which both get dS so.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, pipeline
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+from .backward import ALL_BARRIER, ROWS, WARPGROUPS, BackwardKernel
+from .configs import WARPGROUP
+from .parts import barriers, tiles, wgmma
+from .parts.mask import RightMask
+from .parts.rounding import round_into
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One consumer warpgroup: which one it is, what it waits for, and what it multiplies."""
+
+    index: Int32
+    thread: Int32
+    mask: RightMask
+    scale_log2: Float32
+    q_ring: pipeline.PipelineTmaAsync
+    do_ring: pipeline.PipelineTmaAsync
+    k_ring: pipeline.PipelineTmaAsync
+    v_ring: pipeline.PipelineTmaAsync
+    ds_full: cute.Pointer  # mbarriers: dS is in shared memory, and P
+    p_full: cute.Pointer
+    scores: Constexpr  # the WGMMA operation of Sᵀ = K Qᵀ and of dPᵀ = V dOᵀ
+    gradient: Constexpr  # of dV += Pᵀ dO and of dK += dSᵀ Q
+    dsk: Constexpr  # of dQ = dS K, half of head_dim
+    lse_log2: cute.Tensor  # (tile_m, stage) shared memory
+    delta: cute.Tensor
+    sP: cute.Tensor  # (4, tile_m / 16) shared memory: this thread's part of P, two numbers in one
+    sdS: cute.Tensor  # (keys, tile_m) shared memory: dSᵀ
+    K: cute.Tensor  # operands in shared memory, of the product that is named first
+    Q: cute.Tensor
+    V: cute.Tensor
+    dO: cute.Tensor
+    dO_of_dV: cute.Tensor
+    Q_of_dK: cute.Tensor
+    dS_of_dQ: cute.Tensor
+    K_of_dQ: cute.Tensor
+    S: cute.Tensor  # registers: S, or dP
+    P: cute.Tensor  # rounded
+    dS: cute.Tensor
+    dQ: cute.Tensor
+    dX: cute.Tensor  # dV, or dK
+
+
+class WideBackwardKernel(BackwardKernel):
+    """The kernels that a BackwardConfig of head_dim 256 describes."""
+
+    def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
+        """A consumer warpgroup with its operands laid out."""
+        c = self.config
+        sQ, sdO, sK, sV, sdS, sP = shared
+        K_MAJOR, MN_MAJOR = OperandMajorMode.K, OperandMajorMode.MN
+        registers, memory = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
+        half = c.head_dim // WARPGROUPS
+        scores_op = wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory)
+        gradient_op = wgmma.operation(self.dtype, c.head_dim, MN_MAJOR, registers)
+        dsk_op = wgmma.operation(self.dtype, half, MN_MAJOR, memory)
+        scores, gradient, dsk = (cute.make_tiled_mma(op) for op in (scores_op, gradient_op, dsk_op))
+
+        def operand_a(mma, tile):
+            return mma.make_fragment_A(mma.get_slice(0).partition_A(tile))
+
+        def operand_b(mma, tile):
+            return mma.make_fragment_B(mma.get_slice(0).partition_B(tile))
+
+        def accumulator(mma, columns, dtype=Float32):
+            return cute.make_rmem_tensor(mma.partition_shape_C((ROWS, columns)), dtype)
+
+        own_p = cute.make_layout((4, c.tile_m // 16), stride=(1, 4 * WARPGROUP))
+        own_columns = cute.local_tile(tiles.transposed(sK), (half, c.tile_n, 1), (index, 0, 0))
+        return Consumer(
+            index,
+            thread,
+            mask,
+            scale_log2,
+            *rings,
+            scores_op,
+            gradient_op,
+            dsk_op,
+            *rows,
+            sP=cute.make_tensor(sP.iterator + 4 * thread, own_p),
+            sdS=tiles.transposed(sdS)[None, None, 0],
+            K=operand_a(scores, sK)[None, None, None, 0],
+            Q=operand_b(scores, sQ),
+            V=operand_a(scores, sV)[None, None, None, 0],
+            dO=operand_b(scores, sdO),
+            dO_of_dV=operand_b(gradient, tiles.transposed(sdO)),
+            Q_of_dK=operand_b(gradient, tiles.transposed(sQ)),
+            dS_of_dQ=operand_a(dsk, sdS)[None, None, None, 0],
+            K_of_dQ=operand_b(dsk, own_columns)[None, None, None, 0],
+            S=accumulator(scores, c.tile_m),
+            P=accumulator(scores, c.tile_m, self.dtype),
+            dS=accumulator(scores, c.tile_m, self.dtype),
+            dQ=accumulator(dsk, half),
+            dX=accumulator(gradient, c.head_dim),
+        )
+
+    @cute.jit
+    def consume(self, own, exchanged, place, adder, outputs, softmax_scale):
+        """One warpgroup: dV or dK of the CTA's keys, and half of what they add to dQ."""
+        c = self.config
+        t = self.consumer(*own, *exchanged)
+        n, head_kv, batch, m_first, m_stop, queries_per_kv = place
+        q_at, do_at, at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages), barriers.consuming(1)
+        kv_at = barriers.consuming(1)
+        t.k_ring.consumer_wait(kv_at)
+        t.v_ring.consumer_wait(kv_at)
+        t.dX.fill(0.0)
+        count = max(m_stop - m_first, 0) * queries_per_kv
+        m, head = m_first, head_kv * queries_per_kv
+        for i in cutlass.range(count, unroll=1):
+            if t.index == 0:
+                self.of_values(t, n, m, q_at, do_at, at)
+            else:
+                self.of_keys(t, q_at, do_at, at)
+            adder.add(t.dQ, self.turn(t, m, n), m, head, batch, t.index, t.thread)
+            q_at.advance()
+            do_at.advance()
+            at.advance()
+            m += 1
+            if m == m_stop:
+                m, head = m_first, head + 1
+        cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
+        if t.index == 0:
+            outputs[1].write(t.dX, 0, n, head_kv, batch, 0, t.thread)
+        else:
+            self.scale(t.dX, softmax_scale)
+            outputs[0].write(t.dX, 0, n, head_kv, batch, 0, t.thread)
+        outputs[0].finish()
+
+    @cute.jit
+    def of_values(self, t: Consumer, n, m, q_at, do_at, at):
+        """The first warpgroup, one tile of queries: S, P, dV, and its half of dQ."""
+        c = self.config
+        t.q_ring.consumer_wait(q_at)
+        wgmma.issue(t.scores, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)
+        lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
+        wgmma.wait(0)
+        if t.mask.cuts(m, n):
+            t.mask.apply_transposed(t.S, n * c.tile_n, m * c.tile_m, t.thread)
+        self.exponentials(t, lse)
+        round_into(t.P, t.S)
+        cute.autovec_copy(self.pairs(t, t.P), t.sP)
+        self.arrive(t.p_full)
+        t.do_ring.consumer_wait(do_at)
+        dO = t.dO_of_dV[None, None, None, do_at.index]
+        wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True)
+        t.q_ring.consumer_release(q_at)  # not before a WGMMA that waits for P, and so for the load of LSE
+        self.issue_dq(t, at)
+        wgmma.wait(1)
+        t.do_ring.consumer_release(do_at)
+        wgmma.wait(0)
+
+    @cute.jit
+    def of_keys(self, t: Consumer, q_at, do_at, at):
+        """The second warpgroup, one tile of queries: dP, dS, dK, and its half of dQ."""
+        c = self.config
+        t.do_ring.consumer_wait(do_at)
+        wgmma.issue(t.scores, t.S, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
+        delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
+        cute.arch.mbarrier_wait(t.p_full, at.phase)
+        cute.autovec_copy(t.sP, self.pairs(t, t.P))
+        wgmma.wait(0)
+        self.differentials(t, delta)
+        round_into(t.dS, t.S)
+        wgmma.store_rounded(t.scores, t.dS, t.sdS, t.thread, transposed=True)
+        cute.arch.fence_view_async_shared()
+        self.arrive(t.ds_full)
+        t.q_ring.consumer_wait(q_at)
+        Q = t.Q_of_dK[None, None, None, q_at.index]
+        wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=True)
+        t.do_ring.consumer_release(do_at)  # likewise for delta
+        self.issue_dq(t, at)
+        wgmma.wait(1)
+        t.q_ring.consumer_release(q_at)
+        wgmma.wait(0)
+
+    @cute.jit
+    def differentials(self, t: Consumer, delta: cute.Tensor):
+        """dP becomes dS = P ∘ (dP - delta)."""
+        dp, p = wgmma.flat(t.S), wgmma.flat(t.P)
+        for i in [*range(cute.size(dp))]:
+            dp[i] = p[i].to(Float32) * (dp[i] - delta[i % 2, i // 4])
+
+    def pairs(self, t, fragment):
+        """A rounded fragment as sP has it."""
+        return cute.make_tensor(cute.recast_tensor(fragment, Int32).iterator, t.sP.shape)
+
+    @cute.jit
+    def arrive(self, barrier):
+        """What this warp has stored is there."""
+        cute.arch.sync_warp()
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(barrier)
+
+    @cute.jit
+    def issue_dq(self, t, at):
+        """dQ = dS K, in flight, once dS is there."""
+        cute.arch.mbarrier_wait(t.ds_full, at.phase)
+        wgmma.issue(t.dsk, t.dQ, t.dS_of_dQ, t.K_of_dQ, accumulate=False)
