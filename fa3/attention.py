@@ -45,9 +45,11 @@ def flash_attn_func(
         softmax_scale: factor of the scores before the softmax, at most 2 ** 127 in magnitude (below fp32's smallest normal
             number it counts as 0); None means head_dim ** -0.5.
         causal: query i sees keys up to i + seqlen_k - seqlen_q (aligned to the bottom right).
-        sm_margin: SMs to leave to other kernels.
+        deterministic: gradients are equal to the last bit from run to run, which costs the backward time. Those of k and v are
+            anyway where heads == heads_kv; out always is.
+        sm_margin: SMs that the forward leaves to other kernels.
         return_attn_probs: also return the log-sum-exp of each row.
-        qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits, pack_gqa, deterministic:
+        qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits, pack_gqa:
             FlashAttention-3's arguments whose features do not exist here yet; anything but "off" raises.
 
     Returns:
@@ -55,10 +57,17 @@ def flash_attn_func(
         A row that sees no key, or whose scores are all -inf, is zeros in out and -inf in lse. Scaled scores of more than 1e8
         in magnitude are past what fp32 resolves: such rows may come out as anything.
 
+    Gradients: of out, for those of q, k and v that require grad; q, k, v, out and lse are kept for it. lse is not
+        differentiable: it never requires grad. A row that sees no key has gradient 0. The gradient of out may lie in memory
+        in any way; what a kernel can't read is copied. No second derivatives, no forward mode.
+    torch.autocast: fp32 tensors are cast to its dtype, as for torch's scaled_dot_product_attention, and gradients come back
+        in fp32; fp16 and bf16 tensors stay what they are.
+    torch.compile, torch.export: a call is one operator, fa3::forward; nothing breaks the graph, and lengths may be dynamic.
+
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, layout or value, by name.
-        NotImplementedError: an argument whose feature does not exist yet, inputs that require grad (no backward yet),
-            or a CUDA device that is not Hopper.
+        NotImplementedError: an argument whose feature does not exist yet, a tangent of forward-mode differentiation,
+            a second derivative, or a CUDA device that is not Hopper.
     """
     options = (
         softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits,
@@ -84,7 +93,7 @@ def flash_attn_qkvpacked_func(
     sm_margin=0,
     return_attn_probs=False,
 ):
-    """flash_attn_func of q, k and v that live in one tensor; nothing is copied.
+    """flash_attn_func of q, k and v that live in one tensor; nothing is copied, and their gradients live in one tensor too.
 
     Args:
         qkv: (batch, seqlen, 3, heads, head_dim), or with num_heads_q (batch, seqlen, heads + 2 · heads_kv, head_dim):

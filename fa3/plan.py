@@ -186,6 +186,15 @@ def plan_backward(problem: Problem, device: Device) -> BackwardPlan:
 
 
 def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:
+    """Raises NotImplementedError for what has been built and not yet run on a GPU."""
+    if head_dim == 256:
+        raise NotImplementedError("q's head_dim must be 64 or 128 where gradients are wanted, got 256: that backward is not checked yet")
+    if deterministic:
+        raise NotImplementedError("deterministic must be False where gradients are wanted, got True: that backward is not checked yet")
+    return built_backward_config(dtype, head_dim, mask, deterministic)
+
+
+def built_backward_config(dtype, head_dim, mask, deterministic):
     return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **BACKWARD[head_dim, mask])
 
 
@@ -195,7 +204,7 @@ def shipped(family="forward"):
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
     if family == "backward":
         return [
-            backward_config(dtype, head_dim, mask, deterministic)
+            built_backward_config(dtype, head_dim, mask, deterministic)
             for head_dim, mask in BACKWARD
             for dtype in DTYPE_BYTES
             for deterministic in (False, True)

@@ -142,11 +142,18 @@ def test_shipped_backward_configs():
     assert all(c.family == "backward" for c in configs)
 
 
+@pytest.mark.parametrize("head_dim, deterministic", [(256, False), (64, True)])
+def test_a_backward_that_has_not_run_is_refused(head_dim, deterministic):
+    p = replace(problem(head_dim=head_dim), deterministic=deterministic)
+    with pytest.raises(NotImplementedError, match="(head_dim|deterministic) must be .* where gradients are wanted, got (256|True)"):
+        plan_backward(p, DEVICE)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("seqlen_q", [1, 64, 1000])
 def test_backward_workspace_is_dqs_sum_and_two_numbers_a_query(seqlen_q, deterministic):
-    p = replace(problem((3, seqlen_q, 300, 8, 2), head_dim=64), deterministic=deterministic)
-    plan = plan_backward(p, DEVICE)
+    plan = plan_backward(problem((3, seqlen_q, 300, 8, 2), head_dim=64), DEVICE)
+    plan = replace(plan, config=replace(plan.config, deterministic=deterministic))
     assert plan.config.deterministic == deterministic
     assert plan.rows % plan.config.tile_m == 0 and 0 <= plan.rows - seqlen_q < plan.config.tile_m
     shapes = {name: None if spec is None else spec[0] for name, spec in plan.workspace.items()}
