@@ -78,18 +78,6 @@ def release_after(ring, at, value: cute.Tensor):
         cute.arch.mbarrier_arrive(ring.consumer_get_barrier(at))
 
 
-@cute.jit
-def stay_behind(value: cute.Tensor, ring, at):
-    """Keeps waits for WGMMAs that follow from being moved up before the fragment's last element is computed.
-
-    ptxas moves such a wait up to the first stall that it finds, but not over a branch. This one is never taken: it would release
-    a stage if the element were a NaN that no instruction makes.
-    """
-    bits = cute.recast_tensor(value, Int32)
-    if bits[cute.size(bits) - 1] == UNMADE_NAN:
-        cute.arch.mbarrier_arrive(ring.consumer_get_barrier(at))
-
-
 @dataclass(frozen=True)
 class Turns:
     """Warpgroups issue their GEMMs in turn (pingpong, paper section 3.1); a no-op where `on` is False."""
