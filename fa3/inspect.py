@@ -82,11 +82,11 @@ def expected_wgmmas(config):
     more for the passage from one tile to the next, where a CTA has several, and for the loop over the keys that a causal mask cuts.
     Backward: S and dP sum over head_dim, dV and dK over tile_m, dQ over tile_n. All stand there for a CTA's first tile of queries
     and in the loop, but that dQ follows a tile later, so in the loop and at the end. At head_dim 256 they stand in the loop, but dQ
-    twice, in each warpgroup's part of it.
+    twice, in each warpgroup's part of it, and for the keys of each CTA of a cluster.
     """
     k = MMA_K[config.dtype]
     if config.family == "backward" and config.wide:
-        return 2 * (config.head_dim // k + config.tile_m // k + config.tile_n // k)
+        return 2 * (config.head_dim // k + config.tile_m // k + config.cluster * config.tile_n // k)
     if config.family == "backward":
         return 2 * (2 * config.head_dim // k + 2 * config.tile_m // k + config.tile_n // k)
     copies = 2 + (config.overlap and config.scheduler != "single") + (config.overlap and config.mask == "causal")

@@ -172,7 +172,7 @@ class BackwardPlan:
             "dq_accum": ((*per_head, self.rows * self.config.head_dim), "float32", False),
             "lse_log2": ((*per_head, self.rows), "float32", False),
             "delta": ((*per_head, self.rows), "float32", False),
-            "semaphore": ((*per_head, 8 * self.query_tiles), "int32", True) if self.config.deterministic else None,
+            "semaphore": ((*per_head, self.config.dq_warps * self.query_tiles), "int32", True) if self.config.deterministic else None,
         }
 
     def __str__(self):
@@ -182,7 +182,12 @@ class BackwardPlan:
 def plan_backward(problem: Problem, device: Device) -> BackwardPlan:
     """The plan of the backward of a forward call that has scores to compute."""
     config = backward_config(problem.dtype, problem.head_dim, "causal" if problem.causal else "none", problem.deterministic)
-    return BackwardPlan(config, problem.batch, problem.heads, -(-problem.seqlen_q // config.tile_m))
+    query_tiles = -(-problem.seqlen_q // config.tile_m)
+    key_tiles = -(-problem.seqlen_k // config.tile_n)
+    for name, tiles in (("q", query_tiles * problem.heads * problem.batch), ("k", key_tiles * problem.heads_kv * problem.batch)):
+        if tiles >= 2**31:
+            raise ValueError(f"{name} has {tiles} tiles; the backward can launch at most {2**31 - 1}")
+    return BackwardPlan(config, problem.batch, problem.heads, query_tiles)
 
 
 def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:

@@ -107,24 +107,31 @@ class BackwardKernel:
         q_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.q_stages)
         do_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.do_stages)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, 1)
-        ds_layout = tiles.smem_layout(self.dtype, c.tile_m, c.tile_n, c.ds_buffers)
+        ds_layout = tiles.smem_layout(self.dtype, c.tile_m, c.tile_n * c.cluster, c.ds_buffers)
         load_q, Q = tiles.tma_load(Q, q_layout, c.tile_m, c.head_dim)
         load_do, dO = tiles.tma_load(dO, do_layout, c.tile_m, c.head_dim)
+        plain_K = K
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
         out_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS)
+        load_other_k, other_K = (load_k, K)
+        if cutlass.const_expr(c.cluster == 2):
+            half_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim // 2, 1)
+            load_other_k, other_K = tiles.tma_load(plain_K, half_layout, c.tile_n, c.head_dim // 2)
         store_dk, mdK = tiles.tma_store(dK, out_layout, WARP_ROWS, c.head_dim)
         store_dv, mdV = tiles.tma_store(dV, out_layout, WARP_ROWS, c.head_dim)
-        key_tiles = cute.ceil_div(K.shape[0], c.tile_n)
+        key_tiles = cute.ceil_div(K.shape[0], c.tile_n * c.cluster)
         tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(c.head_group))
-        copies, layouts = (load_q, load_do, load_k, load_v, store_dk, store_dv), (q_layout, do_layout, k_layout, ds_layout, out_layout)
-        tensors = (Q, dO, K, V, mdK, mdV)
+        copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
+        tensors = Q, dO, K, V, other_K, mdK, mdV
+        layouts = q_layout, do_layout, k_layout, ds_layout, out_layout
         queries_per_kv = Q.shape[2] // K.shape[2]
         self.kernel(
             copies, tensors, lse_log2, delta, dq_accum, semaphore, softmax_scale, tile_list, queries_per_kv, layouts
         ).launch(
-            grid=[tile_list.length, 1, 1],
+            grid=[tile_list.length * c.cluster, 1, 1],
             block=[c.threads, 1, 1],
+            cluster=[c.cluster, 1, 1] if c.cluster > 1 else None,
             smem=c.shared_memory,
             stream=stream,
             min_blocks_per_mp=1,
@@ -159,7 +166,7 @@ class BackwardKernel:
     @cute.kernel
     def kernel(
         self,
-        copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V; store dK, dV
+        copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V, columns of other keys; store dK, dV
         tensors: tuple[cute.Tensor, ...],  # the same, as TMA sees them
         lse_log2: cute.Tensor,
         delta: cute.Tensor,
@@ -187,17 +194,20 @@ class BackwardKernel:
         q_layout, do_layout, k_layout, ds_layout, out_layout = layouts
         shared = [self.allocate(smem, layout) for layout in (q_layout, do_layout, k_layout, k_layout, ds_layout)]
         sQ, sdO, sK, sV, sdS = shared
-        sdQ, sP = None, None
+        sdQ, sP, s_other_k = None, None, None
         if cutlass.const_expr(c.tile_bytes["dQ"] > 0):
             sdQ = smem.allocate_tensor(Float32, cute.make_layout(c.tile_m * c.head_dim), byte_alignment=128)
         if cutlass.const_expr(c.tile_bytes["P"] > 0):
             sP = smem.allocate_tensor(Int32, cute.make_layout(c.tile_bytes["P"] // 4), byte_alignment=128)
 
+        if cutlass.const_expr(c.cluster == 2):
+            s_other_k = self.allocate(smem, tiles.smem_layout(self.dtype, c.tile_n, c.head_dim // 2, 1))
+
         consumer_warps = WARPGROUPS * WARPGROUP // WARP
         row_bytes = 4 * c.tile_m
         q_ring = barriers.tma_ring(q_barriers, c.q_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
         do_ring = barriers.tma_ring(do_barriers, c.do_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
-        k_ring = barriers.tma_ring(k_barriers, 1, c.tile_bytes["K"], consumer_warps)
+        k_ring = barriers.tma_ring(k_barriers, 1, c.tile_bytes["K"] + c.tile_bytes["other K"], consumer_warps)
         v_ring = barriers.tma_ring(v_barriers, 1, c.tile_bytes["K"], consumer_warps)
         if warp_index == 0:
             for copy in copies:
@@ -207,30 +217,43 @@ class BackwardKernel:
                 for i in cutlass.range_constexpr(c.ds_buffers):
                     cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        self.meet()
         cute.arch.griddepcontrol_launch_dependents()
 
-        Q, dO, K, V, mdK, mdV = tensors
-        n, head_kv, batch = tile_list.tile(cute.arch.block_idx()[0])
+        Q, dO, K, V, other_K, mdK, mdV = tensors
+        together, head_kv, batch = tile_list.tile(cute.arch.block_idx()[0] // c.cluster)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
-        m_first, m_stop = mask.query_tiles(n)
-        place = n, head_kv, batch, m_first, m_stop, queries_per_kv
+        of_cluster = RightMask(c.mask == "causal", c.tile_m, c.tile_n * c.cluster, Q.shape[0], K.shape[0])
+        m_first, m_stop = of_cluster.query_tiles(together)
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
+        place = together * c.cluster + rank, head_kv, batch, m_first, m_stop, queries_per_kv
         rings = q_ring, do_ring, k_ring, v_ring
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
-                self.produce(place, rings, copies[:4], (Q, dO, K, V), shared[:4], (lse_log2, delta), (s_lse, s_delta))
+                loaded = [*shared[:4], s_other_k]
+                self.produce(place, rings, copies[:5], (Q, dO, K, V, other_K), loaded, (lse_log2, delta), (s_lse, s_delta))
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
             sdK, sdV = sK, sV  # nobody needs K and V when dK and dV are complete
             outputs = [
                 StagedOutput.in_memory(copy, memory, out_layout, 1, 0, tensor, c.tile_n // ROWS, 1)
-                for copy, memory, tensor in ((copies[4], sdK, mdK), (copies[5], sdV, mdV))
+                for copy, memory, tensor in ((copies[5], sdK, mdK), (copies[6], sdV, mdV))
             ]
             adder = accumulate.Adder.start(dq_accum, sdQ, semaphore, c.tile_m * c.head_dim, c.accumulator_size)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, softmax_scale * Float32(LOG2_E)
-            exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP), (s_lse, s_delta)
+            exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
             self.consume(own, exchanged, place, adder, outputs, softmax_scale)
+        if cutlass.const_expr(c.cluster > 1):
+            self.meet()  # nobody leaves before what the other sent to its shared memory is there
+
+    def meet(self):
+        """All threads of the CTA, or of the cluster, wait for each other."""
+        if self.config.cluster == 1:
+            cute.arch.sync_threads()
+        else:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     def allocate(self, smem, layout):
         """Shared memory for tiles of this layout."""
@@ -242,11 +265,14 @@ class BackwardKernel:
         c = self.config
         n, head_kv, batch, m_first, m_stop, queries_per_kv = place
         q_ring, do_ring, k_ring, v_ring = rings
-        load_q, load_do, load_k, load_v = copies
-        Q, dO, K, V = tensors
-        sQ, sdO, sK, sV = shared
+        load_q, load_do, load_k, load_v, load_other_k = copies
+        Q, dO, K, V, other_K = tensors
+        sQ, sdO, sK, sV, s_other_k = shared
         at = barriers.producing(1)
         TmaSource.of_head(k_ring, load_k, K, sK, head_kv, batch).bring(n, at.clone())
+        if cutlass.const_expr(c.cluster == 2):  # of the other CTA's keys, this one's half of head_dim
+            sides = tiles.partition(load_other_k, s_other_k, other_K, head_kv, batch, n % 2)
+            cute.copy(load_other_k, sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=k_ring.producer_get_barrier(at))
         TmaSource.of_head(v_ring, load_v, V, sV, head_kv, batch).bring(n, at.clone())
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
         cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, and dQ's zeros
@@ -265,7 +291,7 @@ class BackwardKernel:
         """A consumer warpgroup with its operands laid out."""
         c = self.config
         *rings, _ = rings
-        sQ, sdO, sK, sV, sdS, _ = shared
+        sQ, sdO, sK, sV, sdS, *_ = shared
         K_MAJOR, MN_MAJOR = OperandMajorMode.K, OperandMajorMode.MN
         registers, memory = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         kq_op = wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory)
@@ -437,7 +463,11 @@ class BackwardKernel:
 
     def turn(self, t, m, n):
         """How many key tiles add to dQ of query tile m before tile n does, where the order is fixed."""
-        return t.mask.key_tiles(m * self.config.tile_m, self.config.tile_m)[0] - 1 - n if self.config.deterministic else None
+        c = self.config
+        if not c.deterministic:
+            return None
+        mask = RightMask(t.mask.causal, c.tile_m, c.tile_n * c.cluster, t.mask.seqlen_q, t.mask.seqlen_k)
+        return mask.key_tiles(m * c.tile_m, c.tile_m)[0] - 1 - n // c.cluster
 
     @cute.jit
     def issue_dq(self, t, ds_at):

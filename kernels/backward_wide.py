@@ -1,7 +1,8 @@
 """The backward pass at head_dim 256: two warpgroups share a CTA's 64 keys, and each has one of their gradients.
 
 dK or dV of 64 keys takes 128 registers of a warpgroup. One has S, P and dV; the other dP, dS and dK, for which it gets P through
-shared memory; and each half of head_dim of dQ, for which both get dS so.
+shared memory; and each half of head_dim of dQ, for which both get dS so. In a cluster of two, CTAs with neighbouring keys walk over
+the queries in step and send each other dS: then each has half of head_dim of dQ for all of their keys, and adds half as much to memory.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from .parts import barriers, tiles, wgmma
 from .parts.mask import RightMask
 from .parts.rounding import round_into
 
+OWN_BARRIER = ALL_BARRIER + 1  # named barrier of the second warpgroup
+
 
 @dataclass(frozen=True)
 class Consumer:
@@ -24,13 +27,14 @@ class Consumer:
 
     index: Int32
     thread: Int32
+    rank: Int32  # of the CTA in its cluster
     mask: RightMask
     scale_log2: Float32
     q_ring: pipeline.PipelineTmaAsync
     do_ring: pipeline.PipelineTmaAsync
     k_ring: pipeline.PipelineTmaAsync
     v_ring: pipeline.PipelineTmaAsync
-    ds_full: cute.Pointer  # mbarriers: dS is in shared memory, and P
+    ds_full: cute.Pointer  # mbarriers: a buffer of dS is in shared memory, and P
     p_full: cute.Pointer
     scores: Constexpr  # the WGMMA operation of Sᵀ = K Qᵀ and of dPᵀ = V dOᵀ
     gradient: Constexpr  # of dV += Pᵀ dO and of dK += dSᵀ Q
@@ -38,15 +42,17 @@ class Consumer:
     lse_log2: cute.Tensor  # (tile_m, stage) shared memory
     delta: cute.Tensor
     sP: cute.Tensor  # (4, tile_m / 16) shared memory: this thread's part of P, two numbers in one
-    sdS: cute.Tensor  # (keys, tile_m) shared memory: dSᵀ
+    sdS: cute.Tensor  # (keys of this CTA, tile_m, buffer) shared memory: dSᵀ
     K: cute.Tensor  # operands in shared memory, of the product that is named first
     Q: cute.Tensor
     V: cute.Tensor
     dO: cute.Tensor
     dO_of_dV: cute.Tensor
     Q_of_dK: cute.Tensor
-    dS_of_dQ: cute.Tensor
+    dS_of_dQ: cute.Tensor  # (..., buffer)
     K_of_dQ: cute.Tensor
+    other_dS_of_dQ: cute.Tensor | None  # the same of the other CTA's keys
+    other_K_of_dQ: cute.Tensor | None
     S: cute.Tensor  # registers: S, or dP
     P: cute.Tensor  # rounded
     dS: cute.Tensor
@@ -60,13 +66,14 @@ class WideBackwardKernel(BackwardKernel):
     def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
-        sQ, sdO, sK, sV, sdS, sP = shared
+        sQ, sdO, sK, sV, sdS, sP, s_other_k = shared
         K_MAJOR, MN_MAJOR = OperandMajorMode.K, OperandMajorMode.MN
         registers, memory = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
-        half = c.head_dim // WARPGROUPS
+        columns = c.dq_part[1]
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
         scores_op = wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory)
         gradient_op = wgmma.operation(self.dtype, c.head_dim, MN_MAJOR, registers)
-        dsk_op = wgmma.operation(self.dtype, half, MN_MAJOR, memory)
+        dsk_op = wgmma.operation(self.dtype, columns, MN_MAJOR, memory)
         scores, gradient, dsk = (cute.make_tiled_mma(op) for op in (scores_op, gradient_op, dsk_op))
 
         def operand_a(mma, tile):
@@ -79,10 +86,18 @@ class WideBackwardKernel(BackwardKernel):
             return cute.make_rmem_tensor(mma.partition_shape_C((ROWS, columns)), dtype)
 
         own_p = cute.make_layout((4, c.tile_m // 16), stride=(1, 4 * WARPGROUP))
-        own_columns = cute.local_tile(tiles.transposed(sK), (half, c.tile_n, 1), (index, 0, 0))
+        part = rank * WARPGROUPS + index  # of head_dim
+        own_columns = cute.local_tile(tiles.transposed(sK), (columns, c.tile_n, 1), (part, 0, 0))
+        of_keys = (c.tile_m, c.tile_n, c.ds_buffers)
+        other_dS, other_K = None, None
+        if cutlass.const_expr(c.cluster == 2):
+            other_dS = operand_a(dsk, cute.local_tile(sdS, of_keys, (0, 1 - rank, 0)))
+            other_columns = cute.local_tile(tiles.transposed(s_other_k), (columns, c.tile_n, 1), (index, 0, 0))
+            other_K = operand_b(dsk, other_columns)[None, None, None, 0]
         return Consumer(
             index,
             thread,
+            rank,
             mask,
             scale_log2,
             *rings,
@@ -91,19 +106,21 @@ class WideBackwardKernel(BackwardKernel):
             dsk_op,
             *rows,
             sP=cute.make_tensor(sP.iterator + 4 * thread, own_p),
-            sdS=tiles.transposed(sdS)[None, None, 0],
+            sdS=tiles.transposed(cute.local_tile(sdS, of_keys, (0, rank, 0))),
             K=operand_a(scores, sK)[None, None, None, 0],
             Q=operand_b(scores, sQ),
             V=operand_a(scores, sV)[None, None, None, 0],
             dO=operand_b(scores, sdO),
             dO_of_dV=operand_b(gradient, tiles.transposed(sdO)),
             Q_of_dK=operand_b(gradient, tiles.transposed(sQ)),
-            dS_of_dQ=operand_a(dsk, sdS)[None, None, None, 0],
+            dS_of_dQ=operand_a(dsk, cute.local_tile(sdS, of_keys, (0, rank, 0))),
             K_of_dQ=operand_b(dsk, own_columns)[None, None, None, 0],
+            other_dS_of_dQ=other_dS,
+            other_K_of_dQ=other_K,
             S=accumulator(scores, c.tile_m),
             P=accumulator(scores, c.tile_m, self.dtype),
             dS=accumulator(scores, c.tile_m, self.dtype),
-            dQ=accumulator(dsk, half),
+            dQ=accumulator(dsk, columns),
             dX=accumulator(gradient, c.head_dim),
         )
 
@@ -113,8 +130,8 @@ class WideBackwardKernel(BackwardKernel):
         c = self.config
         t = self.consumer(*own, *exchanged)
         n, head_kv, batch, m_first, m_stop, queries_per_kv = place
-        q_at, do_at, at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages), barriers.consuming(1)
-        kv_at = barriers.consuming(1)
+        q_at, do_at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages)
+        ds_at, p_at, kv_at = barriers.consuming(c.ds_buffers), barriers.consuming(1), barriers.consuming(1)
         t.k_ring.consumer_wait(kv_at)
         t.v_ring.consumer_wait(kv_at)
         t.dX.fill(0.0)
@@ -122,13 +139,14 @@ class WideBackwardKernel(BackwardKernel):
         m, head = m_first, head_kv * queries_per_kv
         for i in cutlass.range(count, unroll=1):
             if t.index == 0:
-                self.of_values(t, n, m, q_at, do_at, at)
+                self.of_values(t, n, m, q_at, do_at, ds_at)
             else:
-                self.of_keys(t, q_at, do_at, at)
-            adder.add(t.dQ, self.turn(t, m, n), m, head, batch, t.index, t.thread)
+                self.of_keys(t, q_at, do_at, ds_at, p_at)
+            adder.add(t.dQ, self.turn(t, m, n), m, head, batch, t.rank * WARPGROUPS + t.index, t.thread)
             q_at.advance()
             do_at.advance()
-            at.advance()
+            ds_at.advance()
+            p_at.advance()
             m += 1
             if m == m_stop:
                 m, head = m_first, head + 1
@@ -141,7 +159,7 @@ class WideBackwardKernel(BackwardKernel):
         outputs[0].finish()
 
     @cute.jit
-    def of_values(self, t: Consumer, n, m, q_at, do_at, at):
+    def of_values(self, t: Consumer, n, m, q_at, do_at, ds_at):
         """The first warpgroup, one tile of queries: S, P, dV, and its half of dQ."""
         c = self.config
         t.q_ring.consumer_wait(q_at)
@@ -158,32 +176,32 @@ class WideBackwardKernel(BackwardKernel):
         dO = t.dO_of_dV[None, None, None, do_at.index]
         wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True)
         t.q_ring.consumer_release(q_at)  # not before a WGMMA that waits for P, and so for the load of LSE
-        self.issue_dq(t, at)
-        wgmma.wait(1)
+        self.issue_dq(t, ds_at)
+        wgmma.wait(c.cluster)
         t.do_ring.consumer_release(do_at)
         wgmma.wait(0)
 
     @cute.jit
-    def of_keys(self, t: Consumer, q_at, do_at, at):
+    def of_keys(self, t: Consumer, q_at, do_at, ds_at, p_at):
         """The second warpgroup, one tile of queries: dP, dS, dK, and its half of dQ."""
         c = self.config
         t.do_ring.consumer_wait(do_at)
         wgmma.issue(t.scores, t.S, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
         delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
-        cute.arch.mbarrier_wait(t.p_full, at.phase)
+        cute.arch.mbarrier_wait(t.p_full, p_at.phase)
         cute.autovec_copy(t.sP, self.pairs(t, t.P))
         wgmma.wait(0)
         self.differentials(t, delta)
         round_into(t.dS, t.S)
-        wgmma.store_rounded(t.scores, t.dS, t.sdS, t.thread, transposed=True)
+        wgmma.store_rounded(t.scores, t.dS, t.sdS[None, None, ds_at.index], t.thread, transposed=True)
         cute.arch.fence_view_async_shared()
-        self.arrive(t.ds_full)
+        self.hand_over_ds(t, ds_at)
         t.q_ring.consumer_wait(q_at)
         Q = t.Q_of_dK[None, None, None, q_at.index]
         wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=True)
         t.do_ring.consumer_release(do_at)  # likewise for delta
-        self.issue_dq(t, at)
-        wgmma.wait(1)
+        self.issue_dq(t, ds_at)
+        wgmma.wait(c.cluster)
         t.q_ring.consumer_release(q_at)
         wgmma.wait(0)
 
@@ -206,7 +224,28 @@ class WideBackwardKernel(BackwardKernel):
             cute.arch.mbarrier_arrive(barrier)
 
     @cute.jit
-    def issue_dq(self, t, at):
-        """dQ = dS K, in flight, once dS is there."""
-        cute.arch.mbarrier_wait(t.ds_full, at.phase)
-        wgmma.issue(t.dsk, t.dQ, t.dS_of_dQ, t.K_of_dQ, accumulate=False)
+    def hand_over_ds(self, t: Consumer, ds_at):
+        """Says that this warp's part of dS is there; in a cluster the warpgroup sends it to the other CTA too, and expects that one's.
+
+        A buffer of the other's is free again: its dS of the tile before, which has come, was made after dQ of the one before that.
+        """
+        c = self.config
+        barrier = t.ds_full + ds_at.index
+        if cutlass.const_expr(c.cluster == 1):
+            self.arrive(barrier)
+        else:
+            size = c.tile_m * c.tile_n * 2
+            cute.arch.barrier(barrier_id=OWN_BARRIER, number_of_threads=WARPGROUP)
+            if t.thread == 0:
+                barriers.send(t.sdS[None, None, ds_at.index].iterator, size, barrier, 1 - t.rank)
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
+            elif cute.arch.lane_idx() == 0:
+                cute.arch.mbarrier_arrive(barrier)
+
+    @cute.jit
+    def issue_dq(self, t, ds_at):
+        """dQ = dS K, in flight, once dS is there: a group of WGMMAs for each CTA's keys."""
+        cute.arch.mbarrier_wait(t.ds_full + ds_at.index, ds_at.phase)
+        wgmma.issue(t.dsk, t.dQ, t.dS_of_dQ[None, None, None, ds_at.index], t.K_of_dQ, accumulate=False)
+        if cutlass.const_expr(self.config.cluster == 2):
+            wgmma.issue(t.dsk, t.dQ, t.other_dS_of_dQ[None, None, None, ds_at.index], t.other_K_of_dQ, accumulate=True)

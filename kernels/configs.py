@@ -248,6 +248,7 @@ class BackwardConfig:
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight.
     head_group: K/V heads whose tiles are worked on together (parts/schedule.py).
+    cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
     early_rows: LSE and delta are loaded before S and dP are waited for, and not after (not at head_dim 256).
     one_fence: dQ of a tile leaves behind the fence that the next tile's dS needs, and not behind one of its own (likewise).
     deterministic: key tiles add to dQ in a fixed order.
@@ -261,6 +262,7 @@ class BackwardConfig:
     q_stages: int = 2
     do_stages: int = 2
     head_group: int = 1
+    cluster: int = 1
     early_rows: bool = False
     one_fence: bool = False
     deterministic: bool = False
@@ -279,6 +281,7 @@ class BackwardConfig:
         one_of("tile_n", (64,) if self.wide else (128,))
         one_of("q_stages", (1, 2, 3, 4))
         one_of("do_stages", (1, 2, 3, 4))
+        one_of("cluster", (1, 2) if self.wide else (1,))
         if self.wide:
             one_of("early_rows", (False,))
             one_of("one_fence", (False,))
@@ -338,26 +341,34 @@ class BackwardConfig:
     @property
     def dq_part(self):
         """(queries, columns) of dQ's tile that a warpgroup computes."""
-        return (64, self.head_dim // 2) if self.wide else (64, self.head_dim) if self.dq_by_rows else (self.tile_m, 64)
+        return (64, self.head_dim // (2 * self.cluster)) if self.wide else (64, self.head_dim) if self.dq_by_rows else (self.tile_m, 64)
 
     @property
     def accumulator_size(self):
         """fp32 numbers of dQ's tile that a thread holds."""
-        return self.tile_m * self.head_dim // (2 * WARPGROUP)
+        return self.tile_m * self.head_dim // (2 * WARPGROUP * self.cluster)
+
+    @property
+    def dq_warps(self):
+        """Warps that have a part of dQ's tile each."""
+        return 8 * self.cluster
 
     @property
     def ds_buffers(self):
         """Places for dS in shared memory: with two, one barrier a step is enough."""
-        return 1 if self.wide else 2
+        return 1 if self.wide and self.cluster == 1 else 2
 
     @property
     def tile_bytes(self):
-        """Bytes of the shared-memory tiles: one stage of Q (or dO), K (or V), one buffer of dS; of dQ in fp32 and P, or 0."""
+        """Bytes of the shared-memory tiles: one stage of Q (or dO), K (or V), one buffer of dS; and, or 0, of dQ in fp32, of P, and of
+        the columns of K that belong to the other CTA's keys and this one's part of dQ.
+        """
         element = DTYPE_BYTES[self.dtype]
         return {
             "Q": self.tile_m * self.head_dim * element,
             "K": self.tile_n * self.head_dim * element,
-            "dS": self.tile_m * self.tile_n * element,
+            "dS": self.tile_m * self.tile_n * self.cluster * element,
+            "other K": self.tile_n * self.head_dim // 2 * element if self.cluster == 2 else 0,
             "dQ": 0 if self.wide else self.tile_m * self.head_dim * 4,
             "P": self.tile_m * self.tile_n * element if self.wide else 0,
         }
@@ -372,4 +383,4 @@ class BackwardConfig:
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        return self.barrier_bytes + (self.q_stages + self.do_stages) * t["Q"] + 2 * t["K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]
+        return self.barrier_bytes + (self.q_stages + self.do_stages) * t["Q"] + 2 * t["K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"] + t["other K"]

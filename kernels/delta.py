@@ -6,10 +6,10 @@ delta: FlashAttention-2 (arXiv 2307.08691), section 3.1, where it is called D.
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32
-from cutlass.cute.nvgpu import cpasync
+from cutlass import Float32, Int32
 
 from .configs import BackwardConfig
+from .parts.schedule import TileList
 from .parts.softmax import LOG2_E
 
 THREADS = 256
@@ -26,17 +26,24 @@ class DeltaKernel:
     @cute.jit
     def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, stream: cuda.CUstream):
         """O, dO: (seqlen_q, head_dim, heads, batch); the others as BackwardKernel has them."""
-        tiles = lse_log2.shape[2] // self.config.tile_m
-        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta).launch(
-            grid=[tiles, O.shape[2], O.shape[3]], block=[THREADS, 1, 1], stream=stream, use_pdl=True
+        tile_list = TileList.of(False, lse_log2.shape[2] // self.config.tile_m, 1, O.shape[2], O.shape[3], Int32(1))
+        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, tile_list).launch(
+            grid=[tile_list.length, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(
-        self, O: cute.Tensor, dO: cute.Tensor, LSE: cute.Tensor, dq_accum: cute.Tensor, lse_log2: cute.Tensor, delta: cute.Tensor
+        self,
+        O: cute.Tensor,
+        dO: cute.Tensor,
+        LSE: cute.Tensor,
+        dq_accum: cute.Tensor,
+        lse_log2: cute.Tensor,
+        delta: cute.Tensor,
+        tile_list: TileList,
     ):
         c = self.config
-        m, head, batch = cute.arch.block_idx()
+        m, head, batch = tile_list.tile(cute.arch.block_idx()[0])
         thread = cute.arch.thread_idx()[0]
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()

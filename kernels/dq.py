@@ -4,15 +4,17 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from .configs import WARPGROUP, BackwardConfig
 from .parts import accumulate, tiles, wgmma
 from .parts.barriers import WARP
+from .parts.output import WARPS
 from .parts.rounding import DTYPES, round_into
+from .parts.schedule import TileList
 
-WARPGROUPS = 2  # as many as add to a tile
+WARPGROUPS = 2
 
 
 class DqKernel:
@@ -28,8 +30,9 @@ class DqKernel:
         c = self.config
         layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, 1)
         store, mdQ = tiles.tma_store(dQ, layout, c.tile_m, c.head_dim)
-        self.kernel(store, mdQ, dq_accum, softmax_scale, layout).launch(
-            grid=[cute.ceil_div(dQ.shape[0], c.tile_m), dQ.shape[2], dQ.shape[3]],
+        tile_list = TileList.of(False, cute.ceil_div(dQ.shape[0], c.tile_m), 1, dQ.shape[2], dQ.shape[3], Int32(1))
+        self.kernel(store, mdQ, dq_accum, softmax_scale, tile_list, layout).launch(
+            grid=[tile_list.length, 1, 1],
             block=[WARPGROUPS * WARPGROUP, 1, 1],
             smem=c.tile_bytes["Q"] + 1024,
             stream=stream,
@@ -37,9 +40,17 @@ class DqKernel:
         )
 
     @cute.kernel
-    def kernel(self, store: cute.CopyAtom, dQ: cute.Tensor, dq_accum: cute.Tensor, scale: Float32, layout: cute.ComposedLayout):
+    def kernel(
+        self,
+        store: cute.CopyAtom,
+        dQ: cute.Tensor,
+        dq_accum: cute.Tensor,
+        scale: Float32,
+        tile_list: TileList,
+        layout: cute.ComposedLayout,
+    ):
         c = self.config
-        m, head, batch = cute.arch.block_idx()
+        m, head, batch = tile_list.tile(cute.arch.block_idx()[0])
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(thread // WARP)
         index = cute.arch.make_warp_uniform(thread // WARPGROUP)
@@ -53,17 +64,18 @@ class DqKernel:
         op = wgmma.operation(self.dtype, columns, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
         shape = cute.make_tiled_mma(op).partition_shape_C((64, columns))
         acc, rounded = cute.make_rmem_tensor(shape, Float32), cute.make_rmem_tensor(shape, self.dtype)
-        sums = accumulate.by_vectors(
-            accumulate.tile_of(dq_accum, m, head, batch, c.tile_m * c.head_dim), warp, c.accumulator_size
-        )[None, None, thread % WARP]
-        cute.autovec_copy(sums, cute.make_tensor(acc.iterator, sums.shape))
+        tile = accumulate.tile_of(dq_accum, m, head, batch, c.tile_m * c.head_dim)
         flat = wgmma.flat(acc)
-        for i in cutlass.range_constexpr(cute.size(acc)):
-            flat[i] = flat[i] * scale
-        round_into(rounded, acc)
-        own = cute.local_tile(shared[None, None, 0], c.dq_part, (index, 0) if queries < c.tile_m else (0, index))
-        own = own if c.dq_by_rows else cute.make_tensor(own.iterator, cute.select(own.layout, mode=[1, 0]))
-        wgmma.store_rounded(op, rounded, own, thread % WARPGROUP, transposed=not c.dq_by_rows)
+        for turn in cutlass.range_constexpr(c.cluster):
+            part = turn * WARPGROUPS + index
+            sums = accumulate.by_vectors(tile, part * WARPS + warp % WARPS, c.accumulator_size)[None, None, thread % WARP]
+            cute.autovec_copy(sums, cute.make_tensor(acc.iterator, sums.shape))
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                flat[i] = flat[i] * scale
+            round_into(rounded, acc)
+            own = cute.local_tile(shared[None, None, 0], c.dq_part, (part, 0) if queries < c.tile_m else (0, part))
+            own = own if c.dq_by_rows else cute.make_tensor(own.iterator, cute.select(own.layout, mode=[1, 0]))
+            wgmma.store_rounded(op, rounded, own, thread % WARPGROUP, transposed=not c.dq_by_rows)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_threads()
         if warp == 0:

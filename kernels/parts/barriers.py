@@ -61,6 +61,19 @@ def before(at):
     )
 
 
+def send(source, size, mbarrier, rank):
+    """One thread: so many bytes of shared memory go to the same place in another CTA of the cluster, where they count for that mbarrier."""
+    cute.arch.inline_ptx(
+        """{
+            .reg .b32 there, counted;
+            mapa.shared::cluster.u32 there, {$r0}, {$r3};
+            mapa.shared::cluster.u32 counted, {$r2}, {$r3};
+            cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [{$r0}], {$r1}, [counted];
+        }""",
+        read_only_args=[Int32(source.toint()), Int32(size), Int32(mbarrier.toint()), Int32(rank)],
+    )
+
+
 @cute.jit
 def lend(ring, at):
     """Producer warp: leaves a stage, once it is empty, to the consumers to write to; returns the next place."""

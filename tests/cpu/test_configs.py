@@ -139,7 +139,7 @@ assert not {{"torch", "cutlass", "numpy"}} & set(sys.modules)
 
 def backward_buildable():
     """Every BackwardConfig that can be built, over a grid of the fields that decide shared memory and registers."""
-    grid = dict(head_dim=(64, 128, 256), tile_m=range(16, 129, 16), tile_n=(64, 128), q_stages=(1, 2, 3), do_stages=(1, 2, 3), deterministic=(False, True))
+    grid = dict(head_dim=(64, 128, 256), tile_m=range(16, 129, 16), tile_n=(64, 128), cluster=(1, 2), q_stages=(1, 2, 3), do_stages=(1, 2, 3), deterministic=(False, True))
     found = []
     for values in itertools.product(*grid.values()):
         try:
@@ -157,7 +157,7 @@ def test_what_is_accepted_backward_fits_an_sm():
         assert c.threads * c.entry_registers <= 65536, c
         assert sum(r * n for r, n in zip(c.registers, (128, 256))) <= c.threads * c.entry_registers, c
         # what dQ's sum is made of: every number of a tile is in one thread's accumulator, and moves 16 bytes at a time
-        assert c.accumulator_size * 256 == c.tile_m * c.head_dim and c.accumulator_size % 4 == 0, c
+        assert c.accumulator_size * 32 * c.dq_warps == c.tile_m * c.head_dim and c.accumulator_size % 4 == 0, c
         # the kernel before moves 16 bytes a thread, 256 threads at a time, and a tile's LSE is copied in pieces of 16 bytes
         assert c.tile_m % (256 * 8 // c.head_dim) == 0 and c.tile_m * c.head_dim % (256 * 4) == 0 and c.tile_m * 4 % 16 == 0, c
 
@@ -170,6 +170,8 @@ def test_what_is_accepted_backward_fits_an_sm():
         (dict(head_dim=256), r"tile_n must be one of \(64,\), got 128"),
         (dict(head_dim=256, tile_n=64, tile_m=80), r"tile_m must be one of \(64,\), got 80"),
         (dict(head_dim=256, tile_n=64, early_rows=True), r"early_rows must be one of \(False,\), got True"),
+        (dict(cluster=2), r"cluster must be one of \(1,\), got 2"),
+        (dict(head_dim=256, tile_n=64, cluster=2), "needs 256000 bytes of shared memory, a Hopper block has 232448"),
         (dict(head_group=0), "head_group must be at least 1, got 0"),
         (dict(mask="window"), "mask must be one of .*'causal'.*, got 'window'"),
         (dict(tile_m=72), "tile_m must be one of .*64.*, got 72"),

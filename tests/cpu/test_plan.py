@@ -142,6 +142,12 @@ def test_shipped_backward_configs():
     assert all(c.family == "backward" for c in configs)
 
 
+@pytest.mark.parametrize("shape, name", [((2**19, 64, 64, 2**12, 1), "q"), ((2**20, 1, 300, 2**10, 2**10), "k")])
+def test_more_backward_tiles_than_a_grid_can_count_are_refused(shape, name):
+    with pytest.raises(ValueError, match=rf"{name} has \d+ tiles.* at most {2**31 - 1}"):
+        plan_backward(problem(shape), DEVICE)
+
+
 @pytest.mark.parametrize("head_dim, deterministic", [(256, False), (64, True)])
 def test_a_backward_that_has_not_run_is_refused(head_dim, deterministic):
     p = replace(problem(head_dim=head_dim), deterministic=deterministic)
