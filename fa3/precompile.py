@@ -18,7 +18,8 @@ def run(name, jobs=None):
     if directory is None:
         print("FA3_CACHE=0 turns the disk cache off: nothing to fill; unset it", file=sys.stderr)
         return 2
-    results = map_configs(build, shipped(name), "compiling", jobs)
+    configs = dict.fromkeys(config for family in plan.FAMILIES for config in shipped(name, family))
+    results = map_configs(build, configs, "compiling", jobs)
     failed = [(config, error) for config, error in results if isinstance(error, Exception)]
     for config, error in failed:
         print(f"FAILED {config}: {error}", file=sys.stderr)

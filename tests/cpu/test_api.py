@@ -86,8 +86,9 @@ def test_values_that_mean_off_are_accepted():
     want = flash_attn_func(q, k, v, softmax_scale=0.2, causal=True)
     got = flash_attn_func(q, k, v, 0.2, True, None, None, None, None, (-1, -1), 0, 0.0, 1, None, False, 0, False)
     assert torch.equal(got, want)
-    offs = dict(num_splits=0), dict(pack_gqa=False), dict(window_size=[-1, -1]), dict(softcap=0), dict(sm_margin=8)
-    for off in offs:
+    offs = dict(num_splits=0), dict(pack_gqa=False), dict(window_size=[-1, -1]), dict(softcap=0)
+    nothing_to_the_output = dict(sm_margin=8), dict(deterministic=True)
+    for off in (*offs, *nothing_to_the_output):
         assert torch.equal(flash_attn_func(q, k, v, softmax_scale=0.2, causal=True, **off), want), off
 
 
@@ -134,12 +135,35 @@ def test_lse_is_fp32_whatever_torchs_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
-def test_autocast_changes_nothing():
-    q, k, v = (normal(2, 40, 4, 64) for _ in range(3))
+@dtypes
+def test_autocast_lets_16_bit_tensors_be(dtype):
+    q, k, v = (normal(2, 40, 4, 64, dtype) for _ in range(3))
     want = flash_attn_func(q, k, v, return_attn_probs=True)
     with torch.autocast("cpu", torch.bfloat16):
         got = flash_attn_func(q, k, v, return_attn_probs=True)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@dtypes
+def test_autocast_casts_fp32(dtype):
+    """All of them or some, as rotary embeddings in fp32 leave them; what was remembered of one state says nothing of another."""
+    q, k, v = (normal(2, 40, 4, 64, torch.float32) for _ in range(3))
+    want = flash_attn_func(q.to(dtype), k.to(dtype), v.to(dtype), causal=True)
+    packed = torch.stack([q, k, v], dim=2)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype):
+            for tensors in ((q, k, v), (q, k, v.to(dtype)), (q.to(dtype), k, v)):
+                assert torch.equal(flash_attn_func(*tensors, causal=True), want)
+            assert torch.equal(flash_attn_qkvpacked_func(packed, causal=True), want)
+            with pytest.raises(TypeError, match="float16 or torch.bfloat16, got torch.float64"):
+                flash_attn_func(q.double(), k, v)
+            with torch.autocast("cpu", enabled=False), pytest.raises(TypeError, match="got torch.float32"):
+                flash_attn_func(q, k, v, causal=True)
+        with pytest.raises(TypeError, match="got torch.float32"):
+            flash_attn_func(q, k, v, causal=True)
+        other = {FP16: BF16, BF16: FP16}[dtype]
+        with torch.autocast("cpu", dtype), pytest.raises(TypeError, match="must have q's dtype"):
+            flash_attn_func(q, k, v.to(other))
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -173,3 +197,21 @@ def test_tangents_are_refused():
             flash_attn_func(q, dual, q)
         assert torch.equal(flash_attn_func(q, q, q), want)
     assert torch.equal(flash_attn_func(q, q, q), want)
+
+
+def test_packed_tangents_are_refused():
+    qkv = normal(1, 5, 6, 64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(qkv, torch.ones_like(qkv))
+        with pytest.raises(NotImplementedError, match="^qkv carries a forward-mode tangent"):
+            flash_attn_qkvpacked_func(dual, num_heads_q=2)
+
+
+def test_functorch_is_right_or_refused():
+    tensors = [normal(3, 5, 2, 64)[:, None] for _ in range(3)]
+    got = torch.vmap(flash_attn_func)(*tensors)
+    assert torch.equal(got, torch.stack([flash_attn_func(q, k, v) for q, k, v in zip(*tensors)]))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda q: flash_attn_func(q, q, q).sum())(tensors[0][0])
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: flash_attn_func(q, q, q), (tensors[0][0],), (tensors[1][0],))

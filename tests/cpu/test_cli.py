@@ -240,9 +240,10 @@ def test_demo_without_a_gpu(tools):
     done = command("demo")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "NO HOPPER GPU" in done.stdout
-    assert "2 forward kernels" in done.stdout and "no problems" in done.stdout
+    assert "2 forward kernels" in done.stdout and "2 backward kernels" in done.stdout
+    assert done.stdout.count("no problems") == 2
     assert "on the CPU" in done.stdout and "TOO LARGE" not in done.stdout
-    assert "backward: not there yet" in done.stdout
+    assert [line.split()[:2] for line in done.stdout.splitlines() if "ok" in line.split()] == DEMO_ROWS
     assert "\x1b" not in done.stdout
 
 
@@ -250,21 +251,42 @@ def test_demo_without_tools_still_compiles(capsys, monkeypatch):
     monkeypatch.setattr(toolkit, "places", lambda tool: [])
     assert demo.compile_and_read() is False
     printed = capsys.readouterr().out
-    assert "pip install 'fa3[inspect]'" in printed and "2 of 2 kernels compile" in printed
+    assert "pip install 'fa3[inspect]'" in printed and "4 of 4 kernels compile" in printed
 
 
-def test_demo_finds_wrong_results(capsys, monkeypatch):
-    for wrong in (torch.zeros_like, lambda q: torch.full_like(q, float("nan"))):
-        monkeypatch.setattr(demo, "flash_attn_func", lambda q, k, v, causal: wrong(q))
-        assert demo.check_on_cpu(seqlen=64) is True
-        assert capsys.readouterr().out.count("TOO LARGE") == 2
+DEMO_ROWS = [["forward", "full"], ["backward", "full"], ["forward", "causal"], ["backward", "causal"]]
 
 
-def test_demo_compiles_what_its_call_would_launch():
-    shipped = plan.shipped()
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_demo_finds_wrong_results(factor, capsys, monkeypatch):
+    right = demo.flash_attn_func
+    monkeypatch.setattr(demo, "flash_attn_func", lambda *qkv, causal: right(*qkv, causal=causal) * factor)
+    assert demo.check_on_cpu(seqlen=64) is True
+    assert capsys.readouterr().out.count("TOO LARGE") == 4
+
+
+@pytest.mark.parametrize("wrong", ["dq", "dk", "dv"])
+def test_demo_finds_one_wrong_gradient(wrong, capsys, monkeypatch):
+    right = demo.flash_attn_func
+
+    def attend(*qkv, causal):
+        detached = [x.detach() if name == wrong else x for name, x in zip(("dq", "dk", "dv"), qkv)]
+        lost = 0 * sum(x.sum() for x in qkv)  # so that there is a gradient, of zeros
+        return right(*detached, causal=causal) + lost
+
+    monkeypatch.setattr(demo, "flash_attn_func", attend)
+    assert demo.check_on_cpu(seqlen=64) is True
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "TOO LARGE" in line]
+    assert rows == [row for row in DEMO_ROWS if row[0] == "backward"]
+
+
+def test_demo_compiles_what_its_calls_would_launch():
+    shipped, shipped_backward = plan.shipped(), plan.shipped("backward")
     for causal in (False, True):
         config = plan.plan_forward(demo.problem(causal), plan.Device()).config
         assert config in shipped and config.head_dim == 128 and not config.lse
+        config = plan.plan_backward(demo.problem(causal), plan.Device()).config
+        assert config in shipped_backward and config.head_dim == 128 and not config.deterministic
 
 
 @pytest.fixture
@@ -288,12 +310,13 @@ def test_demo_on_a_gpu(pretend, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "attention on pretended GPU: batch 1, seqlen 200, 2 heads, head_dim 128, bf16" in printed
     assert "NO HOPPER GPU" not in printed and "TOO LARGE" not in printed
-    rows = {line.split()[0]: line for line in printed.splitlines() if " ok " in line}
-    assert set(rows) == {"full", "causal"} and all("from the disk cache" in row for row in rows.values())
-    assert "backward: not there yet" in printed
-    monkeypatch.setattr(demo, "flash_attn_func", lambda q, k, v, causal: q)
+    rows = [line for line in printed.splitlines() if "ok" in line.split()]
+    assert [row.split()[:2] for row in rows] == DEMO_ROWS and all("from the disk cache" in row for row in rows)
+    forward, backward = (rows[i].split()[-4:] for i in (0, 1))
+    assert forward[::2] == backward[::2] == ["2.000", "2.000"]
+    monkeypatch.setattr(demo, "flash_attn_func", lambda q, k, v, causal: q + 0 * (k + v))
     assert main(["demo"]) == 1
-    assert capsys.readouterr().out.count("TOO LARGE") == 2
+    assert capsys.readouterr().out.count("TOO LARGE") == 4
 
 
 def test_bench_on_a_gpu(pretend, capsys):

@@ -58,8 +58,9 @@ def test_shipped_kernel(config, reports):
     assert {**expected, **report.matrix} == expected
     assert report.matrix["HGMMA"] > 0 and (report.matrix.get("HMMA", 0) > 0) == getattr(config, "presume", False)
     assert report.counts["UTMALDG"] >= 3 and report.counts["UTMASTG"] >= 1
-    added = {"forward": (False, False), "backward": (config.head_dim < 256, config.head_dim == 256)}
-    assert (report.counts["UBLKRED"] > 0, report.counts["REDG"] > 0) == added[config.family]
+    by_tma, by_threads = config.family == "backward" and not config.wide, config.family == "backward" and config.wide
+    counts_up = config.family == "backward" and config.deterministic
+    assert (report.counts["UBLKRED"] > 0, report.counts["REDG"] > 0) == (by_tma, by_threads or counts_up)
     columns = config.tile_n if config.family == "forward" else config.tile_m
     assert report.counts["MUFU.EX2"] >= columns * 64 // 128  # S, once in the code at least
     assert report.registers == config.entry_registers
