@@ -93,7 +93,7 @@ class BackwardKernel:
         dq_accum: cute.Tensor,  # (batch, heads, rows · head_dim) fp32: dQ's sum, rows being seqlen_q in whole tiles of tile_m
         lse_log2: cute.Tensor,  # (batch, heads, rows) fp32
         delta: cute.Tensor,  # (batch, heads, rows) fp32
-        semaphore: cute.Tensor | None,  # (batch, heads, query tiles) int32, zeros: deterministic only
+        semaphore: cute.Tensor | None,  # (batch, heads, query tiles · dq_warps) int32, zeros: deterministic only
         softmax_scale: Float32,
         stream: cuda.CUstream,
     ):
@@ -142,7 +142,7 @@ class BackwardKernel:
     def fake_arguments(self):
         """What __call__ takes, as the compiler wants it described: every extent and stride decided at run time."""
         c = self.config
-        batch, seqlen_q, seqlen_k, heads, heads_kv, rows, query_tiles = (cute.sym_int32() for _ in range(7))
+        batch, seqlen_q, seqlen_k, heads, heads_kv, rows, counters = (cute.sym_int32() for _ in range(7))
 
         def tensor(seqlen, heads):
             strides = (*(cute.sym_int64(divisibility=16 * 8 // self.dtype.width) for _ in range(3)), 1)
@@ -158,7 +158,7 @@ class BackwardKernel:
         gradients = [tensor(*shape) for shape in (of_q, of_k, of_k)]
         semaphore = None
         if c.deterministic:
-            semaphore = make_fake_tensor(Int32, (batch, heads, query_tiles), (cute.sym_int64(), cute.sym_int64(), 1))
+            semaphore = make_fake_tensor(Int32, (batch, heads, counters), (cute.sym_int64(), cute.sym_int64(), 1))
         accum = workspace(cute.sym_int32())
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
         return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), semaphore, Float32(1.0), stream
@@ -387,7 +387,10 @@ class BackwardKernel:
 
     @cute.jit
     def step(self, t: Consumer, n, m, batch, before, adder, q_at, do_at, ds_at, first: Constexpr[bool]):
-        """A tile of queries: S, P, dP, dS, dV and dK; and dQ of the tile before, (m, head), as the other warpgroup's dS is there by now."""
+        """A tile of queries: S, P, dP, dS, dV and dK; and dQ of the tile before, as the other warpgroup's dS is there by now.
+
+        before: (m, head) of that tile.
+        """
         c = self.config
         t.q_ring.consumer_wait(q_at)
         wgmma.issue(t.kq, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)

@@ -5,6 +5,7 @@ This file imports nothing heavy: planning and looking up a cached kernel never l
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 
 SHARED_MEMORY_LIMIT = 227 * 1024  # bytes a block may use on Hopper (CUDA C++ guide, compute capability 9.0)
 REGISTER_FILE = 64 * 1024  # 32-bit registers on an SM
@@ -20,6 +21,12 @@ class ConfigError(ValueError):
 def _one_line(config):
     parts = (f"{f.name}={getattr(config, f.name)!r}" for f in fields(config))
     return f"{type(config).__name__}({', '.join(parts)})"
+
+
+def _one_of(config, name, allowed):
+    got = getattr(config, name)
+    if got not in allowed:
+        raise ConfigError(f"{name} must be one of {allowed}, got {got!r}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,11 +77,7 @@ class ForwardConfig:
     family = "forward"
 
     def __post_init__(self):
-        def one_of(name, allowed):
-            got = getattr(self, name)
-            if got not in allowed:
-                raise ConfigError(f"{name} must be one of {allowed}, got {got!r}")
-
+        one_of = partial(_one_of, self)
         one_of("dtype", tuple(DTYPE_BYTES))
         one_of("head_dim", (64, 128, 256))
         one_of("mask", ("none", "causal"))
@@ -270,11 +273,7 @@ class BackwardConfig:
     family = "backward"
 
     def __post_init__(self):
-        def one_of(name, allowed):
-            got = getattr(self, name)
-            if got not in allowed:
-                raise ConfigError(f"{name} must be one of {allowed}, got {got!r}")
-
+        one_of = partial(_one_of, self)
         one_of("dtype", tuple(DTYPE_BYTES))
         one_of("head_dim", (64, 128, 256))
         one_of("mask", ("none", "causal"))
@@ -341,7 +340,9 @@ class BackwardConfig:
     @property
     def dq_part(self):
         """(queries, columns) of dQ's tile that a warpgroup computes."""
-        return (64, self.head_dim // (2 * self.cluster)) if self.wide else (64, self.head_dim) if self.dq_by_rows else (self.tile_m, 64)
+        if self.wide:
+            return 64, self.head_dim // (2 * self.cluster)
+        return (64, self.head_dim) if self.dq_by_rows else (self.tile_m, 64)
 
     @property
     def accumulator_size(self):
@@ -375,7 +376,7 @@ class BackwardConfig:
 
     @property
     def barrier_bytes(self):
-        """mbarriers, full and empty, for K, V and each stage of Q and dO, and LSE and delta of those; padded for the tiles."""
+        """mbarriers, full and empty, for K, V and each stage of Q and dO, and for dS and P; LSE and delta of the stages; padded."""
         stages = self.q_stages + self.do_stages
         return -(-(8 * 2 * (2 + stages) + 8 * (self.ds_buffers + 1) + 4 * self.tile_m * stages) // 1024) * 1024
 
@@ -383,4 +384,5 @@ class BackwardConfig:
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        return self.barrier_bytes + (self.q_stages + self.do_stages) * t["Q"] + 2 * t["K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"] + t["other K"]
+        tiles = (self.q_stages + self.do_stages) * t["Q"] + 2 * t["K"] + t["other K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]
+        return self.barrier_bytes + tiles

@@ -12,9 +12,9 @@ from cutlass import Constexpr, Float32, Int32, Int64
 
 from . import wgmma
 from .barriers import WARP
+from .output import WARPS
 
 VECTOR = 4  # fp32 numbers that a lane moves at a time
-WARPS = 4  # of a warpgroup
 
 
 def by_vectors(pointer, warp, size):
@@ -49,7 +49,8 @@ class Adder:
     def put(self, acc: cute.Tensor, index, thread):
         """The accumulator of warpgroup `index` into shared memory, which `send` takes it from, once it is fenced."""
         self.finish()
-        cute.autovec_copy(cute.make_tensor(acc.iterator, (VECTOR, self.size // VECTOR)), self.own(index, thread)[None, None, thread % WARP])
+        own = self.own(index, thread)[None, None, thread % WARP]
+        cute.autovec_copy(cute.make_tensor(acc.iterator, own.shape), own)
 
     @cute.jit
     def send(self, turn, m, head, batch, index, thread):
