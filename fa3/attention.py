@@ -46,7 +46,7 @@ def flash_attn_func(
             number it counts as 0); None means head_dim ** -0.5.
         causal: query i sees keys up to i + seqlen_k - seqlen_q (aligned to the bottom right).
         deterministic: q's gradient is equal to the last bit from run to run, which costs the backward time; out and the
-            gradients of k and v are anyway. Not yet where gradients of CUDA tensors are wanted: True raises there.
+            gradients of k and v are anyway.
         sm_margin: SMs that the forward leaves to other kernels.
         return_attn_probs: also return the log-sum-exp of each row.
         qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits, pack_gqa:
@@ -66,7 +66,7 @@ def flash_attn_func(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, layout or value, by name.
-        NotImplementedError: an argument whose feature does not exist yet, gradients of CUDA tensors at head_dim 256, a tangent of forward-mode differentiation,
+        NotImplementedError: an argument whose feature does not exist yet, a tangent of forward-mode differentiation,
             a second derivative, or a CUDA device that is not Hopper.
     """
     options = (

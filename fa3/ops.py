@@ -11,8 +11,7 @@ import torch
 from .attention import CALLS_REMEMBERED, OPERATORS, backward_of, find_call
 from .autograd import refuse_second_derivatives
 from .launch import Launch, readable
-from .plan import backward_config
-from .problem import DTYPES, Problem, check_arguments, check_gradient
+from .problem import Problem, check_arguments, check_gradient
 
 FORWARD, BACKWARD = f"{__package__}::forward", f"{__package__}::backward"
 DEVICES = ("cpu", "cuda")
@@ -79,8 +78,6 @@ def backward_shapes(dout, q, k, v, out, lse, softmax_scale, causal, deterministi
 def save(ctx, inputs, output):
     q, k, v, softmax_scale, causal, deterministic, _ = inputs
     out, lse = output
-    if q.device.type == "cuda":  # what the backward can't do shows in the forward
-        backward_config(DTYPES[q.dtype], int(q.shape[3]), "causal" if causal else "none", deterministic)
     ctx.options = softmax_scale, causal, deterministic
     ctx.save_for_backward(q, k, v, out, lse)
     ctx.mark_non_differentiable(lse)
