@@ -58,14 +58,14 @@ class Adder:
 
         turn: how many others add to the tile before, where they do so in order.
         """
+        warp, own = self.warp(index, thread), self.own(index, thread)  # by shuffles, in which all lanes must take part
         if cute.arch.lane_idx() == 0:
-            warp = self.warp(index, thread)
             if cutlass.const_expr(self.turns is not None):
                 counter = self.turns[batch, head, None].iterator.toint() + Int64(m * self.warps + warp) * 4
                 await_count(counter, turn)
                 self.pending[0] = counter
             target = by_vectors(tile_of(self.sums, m, head, batch, self.elements), warp, self.size)
-            add_bulk(target.iterator, self.own(index, thread).iterator, WARP * self.size)
+            add_bulk(target.iterator, own.iterator, WARP * self.size)
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
