@@ -159,3 +159,46 @@ class Schedule:
                     cute.arch.fence_acq_rel_gpu()
                     self.counter[0] = Int32(0)
                     self.counter[1] = Int32(0)
+
+
+@dataclass(frozen=True)
+class Agenda:
+    """Three kinds of work in one grid, so that what waits for memory runs beside what computes.
+
+    Each unit (a K/V head) is prepared, computed and concluded, by so many CTAs each. CTAs start in the order of the grid, which is
+    one phase after another; a phase prepares a unit, computes the one `lag` phases before, and concludes the one as much before
+    that. A CTA waits, at counters in global memory, only for CTAs in front of it; with as many between as run at a time, rarely.
+    """
+
+    units: Int32
+    lag: Int32
+    preparing: Int32  # CTAs (or clusters) for a unit, as the next two
+    computing: Int32
+    concluding: Int32
+    of_phase: Divisor
+    phases: Int32
+
+    PREPARE, COMPUTE, CONCLUDE = range(3)
+
+    @classmethod
+    def of(cls, units, lag, preparing, computing, concluding):
+        of_phase = preparing + computing + concluding
+        return cls(units, lag, preparing, computing, concluding, Divisor(of_phase), units + 2 * lag)
+
+    @property
+    def length(self):
+        """Of the grid, in CTAs or clusters."""
+        return self.phases * self.of_phase.divisor
+
+    @cute.jit
+    def work(self, position):
+        """(kind, unit, number of the CTA among those) at a position of the grid; the unit isn't one of the units where there is none."""
+        phase, number = divmod(position, self.of_phase)
+        kind, unit = Int32(self.PREPARE), phase
+        if number >= self.preparing:
+            number -= self.preparing
+            kind, unit = Int32(self.COMPUTE), phase - self.lag
+            if number >= self.computing:
+                number -= self.computing
+                kind, unit = Int32(self.CONCLUDE), phase - 2 * self.lag
+        return kind, unit, number
