@@ -124,7 +124,8 @@ class BackwardKernel:
         key_tiles = cute.ceil_div(K.shape[0], c.tile_n * c.cluster)
         queries_per_kv = Q.shape[2] // K.shape[2]
         beside = cute.ceil_div(cute.ceil_div(Q.shape[0], c.tile_m) * queries_per_kv, c.tiles_beside * c.cluster)
-        agenda = Agenda.of(K.shape[2] * K.shape[3], beside, key_tiles, beside, cute.ceil_div(ctas, c.cluster))
+        lag = cute.ceil_div(ctas, (key_tiles + 2 * beside) * c.cluster)
+        agenda = Agenda.of(K.shape[2] * K.shape[3], lag, beside, key_tiles, beside)
         store_dq, mdQ = tiles.tma_store(dQ, cute.select(q_layout, mode=[0, 1]), c.tile_m, c.head_dim)
         conversion = Conversion(c, dq_accum, store_dq, mdQ, softmax_scale)
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
@@ -272,7 +273,13 @@ class BackwardKernel:
     @cute.jit
     def prepare(self, preparation, share, index, thread, prepared):
         """A CTA's share of a unit: its consumer warpgroups take a tile of queries in turn."""
-        preparation.of_tiles(self.places_beside(share, index), thread)
+        c = self.config
+        number, head_kv, batch, queries_per_kv, query_tiles = share
+        for i in cutlass.range(c.tiles_beside // WARPGROUPS, unroll=1):
+            tile = number * c.tiles_beside + i * WARPGROUPS + index
+            if tile < queries_per_kv * query_tiles:
+                head = head_kv * queries_per_kv + tile // query_tiles
+                preparation.of_tile(tile % query_tiles, head, batch, thread)
         cute.arch.fence_acq_rel_gpu()
         cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)
         if thread == 0 and index == 0:
@@ -282,22 +289,17 @@ class BackwardKernel:
     def convert(self, conversion, share, shared: cute.Tensor, index, thread):
         """The same for dQ. shared: where Q's stages begin; those and what follows hold a tile for each warpgroup."""
         c = self.config
+        number, head_kv, batch, queries_per_kv, query_tiles = share
         barrier = ALL_BARRIER + index
         stages = cute.make_tensor(shared.iterator, tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, WARPGROUPS).outer)
         own = cute.local_tile(stages, (c.tile_m, c.head_dim, 1), (0, 0, index))
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)  # one thread has waited for all
-        conversion.of_tiles(self.places_beside(share, index), own, thread, barrier)
+        for i in cutlass.range(c.tiles_beside // WARPGROUPS, unroll=1):
+            tile = number * c.tiles_beside + i * WARPGROUPS + index
+            if tile < queries_per_kv * query_tiles:
+                head = head_kv * queries_per_kv + tile // query_tiles
+                conversion.of_tile(tile % query_tiles, head, batch, own, thread, barrier)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-    @cute.jit
-    def places_beside(self, share, index):
-        """(m, head, batch, whether it exists) of each tile that a warpgroup has of a CTA's share; in place of those that don't, the last one."""
-        c = self.config
-        number, head_kv, batch, queries_per_kv, query_tiles = share
-        wanted = [number * c.tiles_beside + i * WARPGROUPS + index for i in [*range(c.tiles_beside // WARPGROUPS)]]
-        tiles = [min(tile, queries_per_kv * query_tiles - 1) for tile in wanted]
-        heads = [head_kv * queries_per_kv + tile // query_tiles for tile in tiles]
-        return [(tile % query_tiles, head, batch, tile == w) for tile, head, w in zip(tiles, heads, wanted)]
 
     def meet(self):
         """All threads of the CTA, or of the cluster, wait for each other."""

@@ -294,8 +294,8 @@ class BackwardConfig:
 
     @property
     def tiles_beside(self):
-        """Tiles of queries that a CTA prepares, or converts dQ of: two for each consumer warpgroup at least, or 65536 numbers."""
-        return 2 * max(2, 32768 // (self.tile_m * self.head_dim))
+        """Tiles of queries that a CTA prepares, or converts dQ of: 32768 numbers, and two at least."""
+        return 2 * max(1, 16384 // (self.tile_m * self.head_dim))
 
     @property
     def registers(self):

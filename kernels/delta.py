@@ -29,65 +29,46 @@ class Preparation:
     lse_log2: cute.Tensor
     delta: cute.Tensor
 
-    def of_tiles(self, places, thread):
-        """One warpgroup: of each place (m, head, batch, whether it exists) the tile_m queries, and the rows past the end that it has.
-
-        The rows that come next are loaded before those at hand are summed up, whether they exist or not.
-        """
+    @cute.jit
+    def of_tile(self, m, head, batch, thread):
+        """One warpgroup: tile_m queries of a head, and the rows past the end that their tile has."""
         c = self.config
-        rows = WARPGROUP // self.lanes  # at a time
-        steps = [(place, start) for place in places for start in range(0, c.tile_m // rows, TOGETHER)]
-        loaded = [self.load(*step, thread) for step in steps[:1]]
-        for i, (place, start) in enumerate(steps):
-            if i + 1 < len(steps):
-                loaded.append(self.load(*steps[i + 1], thread))
-            self.sum_up(place, start, loaded[i], thread)
+        lanes = c.head_dim // VECTOR  # of a row
+        rows = WARPGROUP // lanes  # at a time
+        times = c.tile_m // rows
+        for start in cutlass.range_constexpr(0, times, TOGETHER):
+            row = [m * c.tile_m + (start + i) * rows + thread // lanes for i in range(min(TOGETHER, times - start))]
+            inside = [min(r, self.O.shape[0] - 1) for r in row]  # rows past the end are loaded from the last one, and not used
+            loaded = [[self.loaded(x[r, None, head, batch], thread % lanes) for x in (self.O, self.dO)] for r in inside]
+            for r, (o, do) in zip(row, loaded):
+                own = Float32(0.0)
+                for j in [*range(VECTOR)]:
+                    own += o[j].to(Float32) * do[j].to(Float32)
+                own = cute.arch.warp_reduction_sum(own, threads_in_group=lanes)
+                if thread % lanes == 0:
+                    self.write(r, head, batch, own)
 
-    @property
-    def lanes(self):
-        """Threads that share a row."""
-        return self.config.head_dim // VECTOR
-
-    def rows(self, m, start, thread):
-        """Those that a thread has a part of, of the `start`th and the following times that the warpgroup takes rows of tile m."""
-        c, at_a_time = self.config, WARPGROUP // self.lanes
-        stop = min(start + TOGETHER, c.tile_m // at_a_time)
-        return [m * c.tile_m + i * at_a_time + thread // self.lanes for i in range(start, stop)]
-
-    @cute.jit
-    def load(self, place, start: Constexpr[int], thread):
-        """(LSE, O, dO) for each row. In place of rows past the end the last one's, which will not be used."""
-        m, head, batch, _ = place
-        inside = [min(row, self.O.shape[0] - 1) for row in self.rows(m, start, thread)]
-        parts = [[self.part(x[row, None, head, batch], thread % self.lanes) for x in (self.O, self.dO)] for row in inside]
-        return [(self.LSE[batch, head, row], *of_row) for row, of_row in zip(inside, parts)]
+        vectors = c.tile_m * c.head_dim // FP32_VECTOR
+        zeros = cute.make_rmem_tensor(FP32_VECTOR, Float32)
+        zeros.fill(0.0)
+        own = cute.zipped_divide(self.dq_accum[batch, head, None], (FP32_VECTOR,))
+        for i in cutlass.range_constexpr(vectors // WARPGROUP):
+            cute.autovec_copy(zeros, own[None, m * vectors + i * WARPGROUP + thread])
 
     @cute.jit
-    def sum_up(self, place, start: Constexpr[int], loaded, thread):
-        """Writes LSE and delta of the rows, and dQ's zeros."""
-        c = self.config
-        m, head, batch, exists = place
-        for row, (lse, o, do) in zip(self.rows(m, start, thread), loaded):
-            own = Float32(0.0)
-            for j in [*range(VECTOR)]:
-                own += o[j].to(Float32) * do[j].to(Float32)
-            own = cute.arch.warp_reduction_sum(own, threads_in_group=self.lanes)
-            inside = row < self.O.shape[0]
-            if exists and thread % self.lanes == 0:
-                # exp2(S - inf) is 0: for rows past the end, and for those that see nothing
-                self.lse_log2[batch, head, row] = lse * Float32(LOG2_E) if inside and lse != -Float32.inf else Float32.inf
-                self.delta[batch, head, row] = own if inside else Float32(0.0)
-        vectors = len(loaded) * VECTOR // FP32_VECTOR  # a thread's
-        if exists:
-            zeros = cute.make_rmem_tensor(FP32_VECTOR, Float32)
-            zeros.fill(0.0)
-            accum = cute.zipped_divide(self.dq_accum[batch, head, None], (FP32_VECTOR,))
-            first = m * (c.tile_m * c.head_dim // FP32_VECTOR) + start * (WARPGROUP * VECTOR // FP32_VECTOR)
-            for i in cutlass.range_constexpr(vectors):
-                cute.autovec_copy(zeros, accum[None, first + i * WARPGROUP + thread])
+    def write(self, row, head, batch, delta):
+        """Delta and LSE of a row. LSE is inf, so that exp2(S - inf) is 0, for rows past the end and for those that see nothing."""
+        lse = Float32.inf
+        if row < self.O.shape[0]:
+            lse = self.LSE[batch, head, row] * Float32(LOG2_E)
+            lse = Float32.inf if lse == -Float32.inf else lse
+        else:
+            delta = Float32(0.0)
+        self.lse_log2[batch, head, row] = lse
+        self.delta[batch, head, row] = delta
 
     @cute.jit
-    def part(self, row: cute.Tensor, lane):
+    def loaded(self, row: cute.Tensor, lane):
         """A thread's part of a row, in registers."""
         fragment = cute.make_rmem_tensor(VECTOR, row.element_type)
         cute.autovec_copy(cute.zipped_divide(row, (VECTOR,))[None, lane], fragment)

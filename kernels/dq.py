@@ -24,42 +24,23 @@ class Conversion:
     dQ: cute.Tensor
     scale: Float32
 
-    def of_tiles(self, places, shared: cute.Tensor, thread, barrier):
-        """One warpgroup: of each place (m, head, batch, whether it exists) the tile_m queries. The next are loaded before those at hand leave,
-        where registers allow.
-
-        shared: (tile_m, head_dim, 1), where they go through; barrier: the warpgroup's own.
-        """
-        ahead = 1 if self.config.tile_m * self.config.head_dim <= 64 * WARPGROUP else 0
-        loaded = []
-        for i, place in enumerate(places):
-            loaded += [self.load(*later[:3], thread) for later in places[len(loaded) : i + 1 + ahead]]
-            self.write(place, loaded[i], shared, thread, barrier)
-
-    def load(self, m, head, batch, thread):
-        """The sums of a tile, a part for each of the warpgroups whose accumulators they were."""
-        c = self.config
-        warp = cute.arch.make_warp_uniform(thread // WARP)
-        tile = accumulate.tile_of(self.dq_accum, m, head, batch, c.tile_m * c.head_dim)
-        parts = []
-        for part in range(c.dq_warps // WARPS):
-            sums = accumulate.by_vectors(tile, part * WARPS + warp, c.accumulator_size)[None, None, thread % WARP]
-            acc = cute.make_rmem_tensor(sums.shape, Float32)
-            cute.autovec_copy(sums, acc)
-            parts.append(acc)
-        return parts
-
     @cute.jit
-    def write(self, place, parts, shared: cute.Tensor, thread, barrier):
-        """Scales and rounds a tile and stores it."""
+    def of_tile(self, m, head, batch, shared: cute.Tensor, thread, barrier):
+        """One warpgroup: tile_m queries of a head. shared: (tile_m, head_dim, 1), where they go through; barrier: the warpgroup's own."""
         c = self.config
-        m, head, batch, exists = place
         queries, head_dims = c.dq_part
         columns = head_dims if c.dq_by_rows else queries
         op = wgmma.operation(DTYPES[c.dtype], columns, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
-        rounded = cute.make_rmem_tensor(cute.make_tiled_mma(op).partition_shape_C((64, columns)), DTYPES[c.dtype])
+        shape = cute.make_tiled_mma(op).partition_shape_C((64, columns))
+        warp = cute.arch.make_warp_uniform(thread // WARP)
+        tile = accumulate.tile_of(self.dq_accum, m, head, batch, c.tile_m * c.head_dim)
+        parts = [cute.make_rmem_tensor(shape, Float32) for _ in range(c.dq_warps // WARPS)]
+        for part, acc in enumerate(parts):
+            sums = accumulate.by_vectors(tile, part * WARPS + warp, c.accumulator_size)[None, None, thread % WARP]
+            cute.autovec_copy(sums, cute.make_tensor(acc.iterator, sums.shape))
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # what was stored before has left shared memory
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
+        rounded = cute.make_rmem_tensor(shape, DTYPES[c.dtype])
         for part, acc in enumerate(parts):
             flat = wgmma.flat(acc)
             for i in [*range(cute.size(acc))]:
@@ -70,7 +51,7 @@ class Conversion:
             wgmma.store_rounded(op, rounded, own, thread, transposed=not c.dq_by_rows)
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
-        if exists and thread < WARP:
+        if warp == 0:
             tdQ, gdQ = tiles.partition(self.store, shared, self.dQ, head, batch)
             cute.copy(self.store, tdQ[None, 0], gdQ[None, m])
             cute.arch.cp_async_bulk_commit_group()

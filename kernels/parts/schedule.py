@@ -166,36 +166,29 @@ class Agenda:
     """Three kinds of work in one grid, so that what waits for memory runs beside what computes.
 
     Each unit (a K/V head) is prepared, computed and concluded, by so many CTAs each. CTAs start in the order of the grid, which is
-    one phase after another; a phase prepares a unit, computes one of some phases before, and concludes one of more phases before.
-    A CTA waits, at counters in global memory, only for CTAs in front of it, and with enough of them between rarely.
+    one phase after another; a phase prepares a unit, computes the one `lag` phases before, and concludes the one as much before
+    that. A CTA waits, at counters in global memory, only for CTAs in front of it; with as many between as run at a time, rarely.
     """
 
     units: Int32
-    to_compute: Int32  # phases from preparing a unit to computing it
-    to_conclude: Int32  # and to concluding it
+    lag: Int32
     preparing: Int32  # CTAs (or clusters) for a unit, as the next two
     computing: Int32
     concluding: Int32
     of_phase: Divisor
+    phases: Int32
 
     PREPARE, COMPUTE, CONCLUDE = range(3)
 
     @classmethod
-    def of(cls, units, preparing, computing, concluding, running):
-        """running: CTAs (or clusters) that run at a time.
-
-        What is prepared in a moment needs as many between; what computes, and takes up to twice the mean with a causal mask, needs
-        twice as many of its own kind.
-        """
+    def of(cls, units, lag, preparing, computing, concluding):
         of_phase = preparing + computing + concluding
-        to_compute = cute.ceil_div(running, of_phase)
-        to_conclude = to_compute + cute.ceil_div(2 * running, computing)
-        return cls(units, to_compute, to_conclude, preparing, computing, concluding, Divisor(of_phase))
+        return cls(units, lag, preparing, computing, concluding, Divisor(of_phase), units + 2 * lag)
 
     @property
     def length(self):
         """Of the grid, in CTAs or clusters."""
-        return (self.units + self.to_conclude) * self.of_phase.divisor
+        return self.phases * self.of_phase.divisor
 
     @cute.jit
     def work(self, position):
@@ -204,8 +197,8 @@ class Agenda:
         kind, unit = Int32(self.PREPARE), phase
         if number >= self.preparing:
             number -= self.preparing
-            kind, unit = Int32(self.COMPUTE), phase - self.to_compute
+            kind, unit = Int32(self.COMPUTE), phase - self.lag
             if number >= self.computing:
                 number -= self.computing
-                kind, unit = Int32(self.CONCLUDE), phase - self.to_conclude
+                kind, unit = Int32(self.CONCLUDE), phase - 2 * self.lag
         return kind, unit, number
