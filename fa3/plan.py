@@ -141,10 +141,10 @@ def head_group(problem, device):
 
 # (head_dim, mask) -> what differs from BackwardConfig's defaults.
 BACKWARD = {
-    (64, "none"): dict(tile_m=128),
-    (64, "causal"): dict(tile_m=128),
-    (128, "none"): dict(tile_m=64),
-    (128, "causal"): dict(tile_m=64),
+    (64, "none"): dict(tile_m=128, early_rows=True),
+    (64, "causal"): dict(tile_m=128, early_rows=True),
+    (128, "none"): dict(tile_m=64, early_rows=True),
+    (128, "causal"): dict(tile_m=64, early_rows=True),
     (256, "none"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1),
     (256, "causal"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1),
 }
@@ -157,9 +157,7 @@ class BackwardPlan:
     config: BackwardConfig
     batch: int
     heads: int
-    heads_kv: int
     query_tiles: int
-    ctas: int  # that run at a time
 
     @property
     def rows(self):
@@ -175,7 +173,6 @@ class BackwardPlan:
             "lse_log2": ((*per_head, self.rows), "float32", False),
             "delta": ((*per_head, self.rows), "float32", False),
             "semaphore": ((*per_head, self.config.dq_warps * self.query_tiles), "int32", True) if self.config.deterministic else None,
-            "counters": ((2, self.batch * self.heads_kv), "int32", True),
         }
 
     def __str__(self):
@@ -190,7 +187,7 @@ def plan_backward(problem: Problem, device: Device) -> BackwardPlan:
     for name, tiles in (("q", query_tiles * problem.heads * problem.batch), ("k", key_tiles * problem.heads_kv * problem.batch)):
         if tiles >= 2**31:
             raise ValueError(f"{name} has {tiles} tiles; the backward can launch at most {2**31 - 1}")
-    return BackwardPlan(config, problem.batch, problem.heads, problem.heads_kv, query_tiles, device.sms)
+    return BackwardPlan(config, problem.batch, problem.heads, query_tiles)
 
 
 def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, pipeline
+from cutlass import Constexpr, Float32, Int32, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from .configs import WARPGROUP, BackwardConfig
-from .delta import Preparation
-from .dq import Conversion
+from .delta import DeltaKernel
+from .dq import DqKernel
 from .parts import accumulate, barriers, tiles, wgmma
 from .parts.barriers import WARP
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, WARPS, StagedOutput
 from .parts.rounding import DTYPES, round_into
-from .parts.schedule import Agenda
+from .parts.schedule import Divisor, TileList
 from .parts.softmax import LOG2_E, exp2
 from .parts.sources import RowSource, TmaSource
 
@@ -94,9 +94,7 @@ class BackwardKernel:
         lse_log2: cute.Tensor,  # (batch, heads, rows) fp32
         delta: cute.Tensor,  # (batch, heads, rows) fp32
         semaphore: cute.Tensor | None,  # (batch, heads, query tiles · dq_warps) int32, zeros: deterministic only
-        counters: cute.Tensor,  # (2, heads_kv · batch) int32, zeros: CTAs that have prepared, warps that have computed
         softmax_scale: Float32,
-        ctas: Int32,  # that run at a time
         stream: cuda.CUstream,
     ):
         c = self.config
@@ -104,7 +102,8 @@ class BackwardKernel:
         Q, K, V, O, dO, dQ, dK, dV = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=by_head)) for t in (Q, K, V, O, dO, dQ, dK, dV)
         )
-        preparation = Preparation(c, O, dO, LSE, dq_accum, lse_log2, delta)
+        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, stream)
+
         q_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.q_stages)
         do_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.do_stages)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, 1)
@@ -122,19 +121,15 @@ class BackwardKernel:
         store_dk, mdK = tiles.tma_store(dK, out_layout, WARP_ROWS, c.head_dim)
         store_dv, mdV = tiles.tma_store(dV, out_layout, WARP_ROWS, c.head_dim)
         key_tiles = cute.ceil_div(K.shape[0], c.tile_n * c.cluster)
-        queries_per_kv = Q.shape[2] // K.shape[2]
-        beside = cute.ceil_div(cute.ceil_div(Q.shape[0], c.tile_m) * queries_per_kv, c.tiles_beside * c.cluster)
-        lag = cute.ceil_div(ctas, (key_tiles + 2 * beside) * c.cluster)
-        agenda = Agenda.of(K.shape[2] * K.shape[3], lag, beside, key_tiles, beside)
-        store_dq, mdQ = tiles.tma_store(dQ, cute.select(q_layout, mode=[0, 1]), c.tile_m, c.head_dim)
-        conversion = Conversion(c, dq_accum, store_dq, mdQ, softmax_scale)
+        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(c.head_group))
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = Q, dO, K, V, other_K, mdK, mdV
         layouts = q_layout, do_layout, k_layout, ds_layout, out_layout
+        queries_per_kv = Q.shape[2] // K.shape[2]
         self.kernel(
-            copies, tensors, preparation, conversion, semaphore, counters, softmax_scale, agenda, layouts
+            copies, tensors, lse_log2, delta, dq_accum, semaphore, softmax_scale, tile_list, queries_per_kv, layouts
         ).launch(
-            grid=[agenda.length * c.cluster, 1, 1],
+            grid=[tile_list.length * c.cluster, 1, 1],
             block=[c.threads, 1, 1],
             cluster=[c.cluster, 1, 1] if c.cluster > 1 else None,
             smem=c.shared_memory,
@@ -142,6 +137,7 @@ class BackwardKernel:
             min_blocks_per_mp=1,
             use_pdl=True,
         )
+        DqKernel(c)(dq_accum, dQ, softmax_scale, stream)
 
     def fake_arguments(self):
         """What __call__ takes, as the compiler wants it described: every extent and stride decided at run time."""
@@ -163,23 +159,22 @@ class BackwardKernel:
         semaphore = None
         if c.deterministic:
             semaphore = make_fake_tensor(Int32, (batch, heads, counters), (cute.sym_int64(), cute.sym_int64(), 1))
-        counted = make_fake_tensor(Int32, (2, cute.sym_int32()), (cute.sym_int64(), 1))
         accum = workspace(cute.sym_int32())
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        rows = workspace(rows), workspace(rows)
-        return *tensors, lse, *gradients, accum, *rows, semaphore, counted, Float32(1.0), Int32(1), stream
+        return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), semaphore, Float32(1.0), stream
 
     @cute.kernel
     def kernel(
         self,
         copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V, columns of other keys; store dK, dV
         tensors: tuple[cute.Tensor, ...],  # the same, as TMA sees them
-        preparation: Preparation,
-        conversion: Conversion,
+        lse_log2: cute.Tensor,
+        delta: cute.Tensor,
+        dq_accum: cute.Tensor,
         semaphore: cute.Tensor | None,
-        counters: cute.Tensor,
         softmax_scale: Float32,
-        agenda: Agenda,
+        tile_list: TileList,
+        queries_per_kv: Int32,
         layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K and V, dS, dK and dV
     ):
         c = self.config
@@ -224,82 +219,33 @@ class BackwardKernel:
         cute.arch.mbarrier_init_fence()
         self.meet()
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
 
         Q, dO, K, V, other_K, mdK, mdV = tensors
-        rank = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
-        kind, unit, number = agenda.work(cute.arch.block_idx()[0] // c.cluster)
-        exists = unit >= 0 and unit < agenda.units
-        batch, head_kv = unit // K.shape[2], unit % K.shape[2]
-        prepared = counters[0, None].iterator.toint() + Int64(unit) * 4
-        computed = counters[1, None].iterator.toint() + Int64(unit) * 4
-        share = number * c.cluster + rank, head_kv, batch, Q.shape[2] // K.shape[2], cute.ceil_div(Q.shape[0], c.tile_m)
-        computes = exists and kind == Agenda.COMPUTE
-        together = agenda.computing - 1 - number if c.last_keys_first else number
+        together, head_kv, batch = tile_list.tile(cute.arch.block_idx()[0] // c.cluster)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
         of_cluster = RightMask(c.mask == "causal", c.tile_m, c.tile_n * c.cluster, Q.shape[0], K.shape[0])
         m_first, m_stop = of_cluster.query_tiles(together)
-        place = together * c.cluster + rank, head_kv, batch, m_first, m_stop, Q.shape[2] // K.shape[2]
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
+        place = together * c.cluster + rank, head_kv, batch, m_first, m_stop, queries_per_kv
         rings = q_ring, do_ring, k_ring, v_ring
-        s_rows = s_lse, s_delta
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
-            if warp_index == 0 and computes:
-                rows = preparation.lse_log2, preparation.delta
-                ready = prepared, agenda.preparing * c.cluster
-                self.produce(place, ready, rings, copies[:5], (Q, dO, K, V, other_K), [*shared[:4], s_other_k], rows, s_rows)
+            if warp_index == 0:
+                loaded = [*shared[:4], s_other_k]
+                self.produce(place, rings, copies[:5], (Q, dO, K, V, other_K), loaded, (lse_log2, delta), (s_lse, s_delta))
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
-            if computes:
-                sdK, sdV = sK, sV  # nobody needs K and V when dK and dV are complete
-                outputs = [
-                    StagedOutput.in_memory(copy, memory, out_layout, 1, 0, tensor, c.tile_n // ROWS, 1)
-                    for copy, memory, tensor in ((copies[5], sdK, mdK), (copies[6], sdV, mdV))
-                ]
-                adder = accumulate.Adder.start(preparation.dq_accum, sdQ, semaphore, c.tile_m * c.head_dim, c.accumulator_size)
-                own = warpgroup_index - 1, thread % WARPGROUP, mask, softmax_scale * Float32(LOG2_E)
-                exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP, s_other_k), s_rows
-                self.consume(own, exchanged, place, adder, outputs, softmax_scale)
-                adder.conclude(computed)
-            elif exists and kind == Agenda.PREPARE:
-                self.prepare(preparation, share, warpgroup_index - 1, thread % WARPGROUP, prepared)
-            elif exists:
-                if thread % WARPGROUP == 0:
-                    accumulate.await_count(computed, agenda.computing * (c.cluster * WARPGROUPS * WARPS))
-                self.convert(conversion, share, sQ, warpgroup_index - 1, thread % WARPGROUP)
+            sdK, sdV = sK, sV  # nobody needs K and V when dK and dV are complete
+            outputs = [
+                StagedOutput.in_memory(copy, memory, out_layout, 1, 0, tensor, c.tile_n // ROWS, 1)
+                for copy, memory, tensor in ((copies[5], sdK, mdK), (copies[6], sdV, mdV))
+            ]
+            adder = accumulate.Adder.start(dq_accum, sdQ, semaphore, c.tile_m * c.head_dim, c.accumulator_size)
+            own = warpgroup_index - 1, thread % WARPGROUP, mask, softmax_scale * Float32(LOG2_E)
+            exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
+            self.consume(own, exchanged, place, adder, outputs, softmax_scale)
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
-
-    @cute.jit
-    def prepare(self, preparation, share, index, thread, prepared):
-        """A CTA's share of a unit: its consumer warpgroups take a tile of queries in turn."""
-        c = self.config
-        number, head_kv, batch, queries_per_kv, query_tiles = share
-        for i in cutlass.range(c.tiles_beside // WARPGROUPS, unroll=1):
-            tile = number * c.tiles_beside + i * WARPGROUPS + index
-            if tile < queries_per_kv * query_tiles:
-                head = head_kv * queries_per_kv + tile // query_tiles
-                preparation.of_tile(tile % query_tiles, head, batch, thread)
-        cute.arch.fence_acq_rel_gpu()
-        cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)
-        if thread == 0 and index == 0:
-            accumulate.count_up(prepared)
-
-    @cute.jit
-    def convert(self, conversion, share, shared: cute.Tensor, index, thread):
-        """The same for dQ. shared: where Q's stages begin; those and what follows hold a tile for each warpgroup."""
-        c = self.config
-        number, head_kv, batch, queries_per_kv, query_tiles = share
-        barrier = ALL_BARRIER + index
-        stages = cute.make_tensor(shared.iterator, tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, WARPGROUPS).outer)
-        own = cute.local_tile(stages, (c.tile_m, c.head_dim, 1), (0, 0, index))
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)  # one thread has waited for all
-        for i in cutlass.range(c.tiles_beside // WARPGROUPS, unroll=1):
-            tile = number * c.tiles_beside + i * WARPGROUPS + index
-            if tile < queries_per_kv * query_tiles:
-                head = head_kv * queries_per_kv + tile // query_tiles
-                conversion.of_tile(tile % query_tiles, head, batch, own, thread, barrier)
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def meet(self):
         """All threads of the CTA, or of the cluster, wait for each other."""
@@ -314,7 +260,7 @@ class BackwardKernel:
         return smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
 
     @cute.jit
-    def produce(self, place, ready, rings, copies, tensors, shared, rows, s_rows):
+    def produce(self, place, rings, copies, tensors, shared, rows, s_rows):
         """One warp: K and V once, then Q with its LSE, and dO with its delta, of every tile of queries of every head of the group."""
         c = self.config
         n, head_kv, batch, m_first, m_stop, queries_per_kv = place
@@ -329,10 +275,7 @@ class BackwardKernel:
             cute.copy(load_other_k, sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=k_ring.producer_get_barrier(at))
         TmaSource.of_head(v_ring, load_v, V, sV, head_kv, batch).bring(n, at.clone())
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
-        if cute.arch.lane_idx() == 0:
-            accumulate.await_count(*ready)  # LSE and delta, and dQ's zeros
-        cute.arch.sync_warp()
-        cute.arch.fence_proxy("async")  # what threads have written will be read by TMA
+        cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, and dQ's zeros
         for h in cutlass.range(queries_per_kv, unroll=1):
             head = head_kv * queries_per_kv + h
             q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
@@ -440,6 +383,7 @@ class BackwardKernel:
         for gradient, output in zip((t.dV, t.dK), reversed(outputs)):
             output.write(gradient, 0, n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread)
         outputs[0].finish()
+        adder.finish()
 
     @cute.jit
     def step(self, t: Consumer, n, m, batch, before, adder, q_at, do_at, ds_at, first: Constexpr[bool]):
@@ -450,7 +394,8 @@ class BackwardKernel:
         c = self.config
         t.q_ring.consumer_wait(q_at)
         wgmma.issue(t.kq, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)
-        lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
+        if cutlass.const_expr(c.early_rows):
+            lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
         if cutlass.const_expr(first):
             wgmma.wait(0)
         else:
@@ -458,19 +403,25 @@ class BackwardKernel:
             wgmma.wait(1)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
+        if cutlass.const_expr(not c.early_rows):
+            lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
         self.exponentials(t, lse)
         round_into(t.P, t.S)
         t.do_ring.consumer_wait(do_at)
         wgmma.issue(t.kq, t.dP, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
         dO, Q = t.dO_of_dV[None, None, None, do_at.index], t.Q_of_dK[None, None, None, q_at.index]
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=not first)
-        delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
+        if cutlass.const_expr(c.early_rows):
+            delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
         if cutlass.const_expr(not first):
             wgmma.wait(2)
             adder.put(t.dQ, t.index, t.thread)
-            self.publish()
-            adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
+            if cutlass.const_expr(not c.one_fence):
+                self.publish()
+                adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
         wgmma.wait(1)
+        if cutlass.const_expr(not c.early_rows):
+            delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
         self.differentials(t, delta)
         round_into(t.dS, t.dP)
         wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, ds_at.index], t.thread, transposed=True)
@@ -478,6 +429,8 @@ class BackwardKernel:
         if cute.arch.lane_idx() == 0:
             cute.arch.mbarrier_arrive(t.ds_full + ds_at.index)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=not first)
+        if cutlass.const_expr(c.one_fence and not first):
+            adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
         wgmma.wait(0)
         t.do_ring.consumer_release(do_at)
         t.q_ring.consumer_release(q_at)

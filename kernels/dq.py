@@ -1,57 +1,85 @@
 """dQ from its fp32 sum: scaled, rounded, and brought into rows."""
 
-from dataclasses import dataclass
-
+import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32
+from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.memory import SmemAllocator
 
 from .configs import WARPGROUP, BackwardConfig
 from .parts import accumulate, tiles, wgmma
 from .parts.barriers import WARP
 from .parts.output import WARPS
 from .parts.rounding import DTYPES, round_into
+from .parts.schedule import TileList
+
+WARPGROUPS = 2
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What is read, dq_accum: (batch, heads, rows · head_dim); and written, dQ: (seqlen_q, head_dim, heads, batch), as TMA sees it."""
+class DqKernel:
+    """A CTA takes a tile of tile_m queries of a head."""
 
-    config: Constexpr[BackwardConfig]
-    dq_accum: cute.Tensor
-    store: cute.CopyAtom
-    dQ: cute.Tensor
-    scale: Float32
+    def __init__(self, config: BackwardConfig):
+        self.config = config
+        self.dtype = DTYPES[config.dtype]
 
     @cute.jit
-    def of_tile(self, m, head, batch, shared: cute.Tensor, thread, barrier):
-        """One warpgroup: tile_m queries of a head. shared: (tile_m, head_dim, 1), where they go through; barrier: the warpgroup's own."""
+    def __call__(self, dq_accum, dQ, softmax_scale, stream: cuda.CUstream):
+        """dQ: (seqlen_q, head_dim, heads, batch); dq_accum: (batch, heads, rows · head_dim)."""
         c = self.config
+        layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, 1)
+        store, mdQ = tiles.tma_store(dQ, layout, c.tile_m, c.head_dim)
+        tile_list = TileList.of(False, cute.ceil_div(dQ.shape[0], c.tile_m), 1, dQ.shape[2], dQ.shape[3], Int32(1))
+        self.kernel(store, mdQ, dq_accum, softmax_scale, tile_list, layout).launch(
+            grid=[tile_list.length, 1, 1],
+            block=[WARPGROUPS * WARPGROUP, 1, 1],
+            smem=c.tile_bytes["Q"] + 1024,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        store: cute.CopyAtom,
+        dQ: cute.Tensor,
+        dq_accum: cute.Tensor,
+        scale: Float32,
+        tile_list: TileList,
+        layout: cute.ComposedLayout,
+    ):
+        c = self.config
+        m, head, batch = tile_list.tile(cute.arch.block_idx()[0])
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(thread // WARP)
+        index = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        smem = SmemAllocator()
+        shared = smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
+
         queries, head_dims = c.dq_part
         columns = head_dims if c.dq_by_rows else queries
-        op = wgmma.operation(DTYPES[c.dtype], columns, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
+        op = wgmma.operation(self.dtype, columns, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
         shape = cute.make_tiled_mma(op).partition_shape_C((64, columns))
-        warp = cute.arch.make_warp_uniform(thread // WARP)
-        tile = accumulate.tile_of(self.dq_accum, m, head, batch, c.tile_m * c.head_dim)
-        parts = [cute.make_rmem_tensor(shape, Float32) for _ in range(c.dq_warps // WARPS)]
-        for part, acc in enumerate(parts):
-            sums = accumulate.by_vectors(tile, part * WARPS + warp, c.accumulator_size)[None, None, thread % WARP]
+        acc, rounded = cute.make_rmem_tensor(shape, Float32), cute.make_rmem_tensor(shape, self.dtype)
+        tile = accumulate.tile_of(dq_accum, m, head, batch, c.tile_m * c.head_dim)
+        flat = wgmma.flat(acc)
+        for turn in cutlass.range_constexpr(c.cluster):
+            part = turn * WARPGROUPS + index
+            sums = accumulate.by_vectors(tile, part * WARPS + warp % WARPS, c.accumulator_size)[None, None, thread % WARP]
             cute.autovec_copy(sums, cute.make_tensor(acc.iterator, sums.shape))
-        cute.arch.cp_async_bulk_wait_group(0, read=True)  # what was stored before has left shared memory
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
-        rounded = cute.make_rmem_tensor(shape, DTYPES[c.dtype])
-        for part, acc in enumerate(parts):
-            flat = wgmma.flat(acc)
-            for i in [*range(cute.size(acc))]:
-                flat[i] = flat[i] * self.scale
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                flat[i] = flat[i] * scale
             round_into(rounded, acc)
             own = cute.local_tile(shared[None, None, 0], c.dq_part, (part, 0) if queries < c.tile_m else (0, part))
             own = own if c.dq_by_rows else cute.make_tensor(own.iterator, cute.select(own.layout, mode=[1, 0]))
-            wgmma.store_rounded(op, rounded, own, thread, transposed=not c.dq_by_rows)
+            wgmma.store_rounded(op, rounded, own, thread % WARPGROUP, transposed=not c.dq_by_rows)
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
+        cute.arch.sync_threads()
         if warp == 0:
-            tdQ, gdQ = tiles.partition(self.store, shared, self.dQ, head, batch)
-            cute.copy(self.store, tdQ[None, 0], gdQ[None, m])
+            tdQ, gdQ = tiles.partition(store, shared, dQ, head, batch)
+            cute.copy(store, tdQ[None, 0], gdQ[None, m])
             cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)

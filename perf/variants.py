@@ -68,23 +68,22 @@ class BackwardVariant(Variant):
         q, k, v, dout = (tensor.detach() for tensor in tensors)
         out, lse = fa3.flash_attn_func(q, k, v, causal=point.causal, return_attn_probs=True)
         gradients = tuple(torch.empty_like(tensor) for tensor in (q, k, v))
-        ctas = device_of(q.device).sms
-        workspace, zeroed = workspace_of(self.config, point, q.device, ctas)
+        workspace, zeroed = workspace_of(self.config, point, q.device)
         scale = point.head_dim**-0.5
         kernel = jit.get(self.config)
 
         def launch():
             for tensor in zeroed:
                 tensor.zero_()
-            kernel(q, k, v, out, dout, lse, *gradients, *workspace, scale, ctas)
+            kernel(q, k, v, out, dout, lse, *gradients, *workspace, scale)
             return gradients
 
         return launch
 
 
-def workspace_of(config, point, device, ctas):
+def workspace_of(config, point, device):
     """The workspace of a backward kernel in the order of its arguments, and those tensors that every launch wants zeroed."""
-    plan = BackwardPlan(config, point.batch, point.heads, point.heads_kv, -(-point.seqlen_q // config.tile_m), ctas)
+    plan = BackwardPlan(config, point.batch, point.heads, -(-point.seqlen_q // config.tile_m))
     workspace, zeroed = [], []
     for needed in plan.workspace.values():
         if needed is None:

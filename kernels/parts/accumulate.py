@@ -99,20 +99,6 @@ class Adder:
             self.pending[0] = Int64(0)
         cute.arch.sync_warp()
 
-    @cute.jit
-    def conclude(self, counter):
-        """Waits until all that this warp adds has been added, and counts that at an address in global memory."""
-        if cutlass.const_expr(self.shared is not None):
-            cute.arch.cp_async_bulk_wait_group(0)
-            if cutlass.const_expr(self.turns is not None):
-                if self.pending[0] != 0:
-                    count_up(self.pending[0])
-            cute.arch.fence_proxy("async")
-        cute.arch.fence_acq_rel_gpu()
-        cute.arch.sync_warp()
-        if cute.arch.lane_idx() == 0:
-            count_up(counter)
-
     def own(self, index, thread):
         """A warp's shared memory, as by_vectors has it."""
         return by_vectors(self.shared.iterator, self.warp(index, thread), self.size)
