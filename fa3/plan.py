@@ -141,10 +141,10 @@ def head_group(problem, device):
 
 # (head_dim, mask) -> what differs from BackwardConfig's defaults.
 BACKWARD = {
-    (64, "none"): dict(tile_m=128, early_rows=True),
-    (64, "causal"): dict(tile_m=128, early_rows=True),
-    (128, "none"): dict(tile_m=64, early_rows=True),
-    (128, "causal"): dict(tile_m=64, early_rows=True),
+    (64, "none"): dict(tile_m=128),
+    (64, "causal"): dict(tile_m=128),
+    (128, "none"): dict(tile_m=64),
+    (128, "causal"): dict(tile_m=64),
     (256, "none"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1),
     (256, "causal"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1),
 }

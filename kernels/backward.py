@@ -121,7 +121,7 @@ class BackwardKernel:
         store_dk, mdK = tiles.tma_store(dK, out_layout, WARP_ROWS, c.head_dim)
         store_dv, mdV = tiles.tma_store(dV, out_layout, WARP_ROWS, c.head_dim)
         key_tiles = cute.ceil_div(K.shape[0], c.tile_n * c.cluster)
-        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(c.head_group))
+        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(1))
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = Q, dO, K, V, other_K, mdK, mdV
         layouts = q_layout, do_layout, k_layout, ds_layout, out_layout
@@ -394,8 +394,7 @@ class BackwardKernel:
         c = self.config
         t.q_ring.consumer_wait(q_at)
         wgmma.issue(t.kq, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)
-        if cutlass.const_expr(c.early_rows):
-            lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
+        lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
         if cutlass.const_expr(first):
             wgmma.wait(0)
         else:
@@ -403,25 +402,19 @@ class BackwardKernel:
             wgmma.wait(1)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
-        if cutlass.const_expr(not c.early_rows):
-            lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
         self.exponentials(t, lse)
         round_into(t.P, t.S)
         t.do_ring.consumer_wait(do_at)
         wgmma.issue(t.kq, t.dP, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
         dO, Q = t.dO_of_dV[None, None, None, do_at.index], t.Q_of_dK[None, None, None, q_at.index]
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=not first)
-        if cutlass.const_expr(c.early_rows):
-            delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
+        delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
         if cutlass.const_expr(not first):
             wgmma.wait(2)
             adder.put(t.dQ, t.index, t.thread)
-            if cutlass.const_expr(not c.one_fence):
-                self.publish()
-                adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
+            self.publish()
+            adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
         wgmma.wait(1)
-        if cutlass.const_expr(not c.early_rows):
-            delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
         self.differentials(t, delta)
         round_into(t.dS, t.dP)
         wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, ds_at.index], t.thread, transposed=True)
@@ -429,8 +422,6 @@ class BackwardKernel:
         if cute.arch.lane_idx() == 0:
             cute.arch.mbarrier_arrive(t.ds_full + ds_at.index)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=not first)
-        if cutlass.const_expr(c.one_fence and not first):
-            adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
         wgmma.wait(0)
         t.do_ring.consumer_release(do_at)
         t.q_ring.consumer_release(q_at)

@@ -250,10 +250,7 @@ class BackwardConfig:
     tile_m: queries of one step of the mainloop.
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight.
-    head_group: K/V heads whose tiles are worked on together (parts/schedule.py).
     cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
-    early_rows: LSE and delta are loaded before S and dP are waited for, and not after (not at head_dim 256).
-    one_fence: dQ of a tile leaves behind the fence that the next tile's dS needs, and not behind one of its own (likewise).
     deterministic: key tiles add to dQ in a fixed order.
     """
 
@@ -264,10 +261,7 @@ class BackwardConfig:
     tile_n: int = 128
     q_stages: int = 2
     do_stages: int = 2
-    head_group: int = 1
     cluster: int = 1
-    early_rows: bool = False
-    one_fence: bool = False
     deterministic: bool = False
 
     family = "backward"
@@ -281,11 +275,6 @@ class BackwardConfig:
         one_of("q_stages", (1, 2, 3, 4))
         one_of("do_stages", (1, 2, 3, 4))
         one_of("cluster", (1, 2) if self.wide else (1,))
-        if self.wide:
-            one_of("early_rows", (False,))
-            one_of("one_fence", (False,))
-        if self.head_group < 1:
-            raise ConfigError(f"head_group must be at least 1, got {self.head_group!r}")
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64, 80, 96, 112, 128), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(

@@ -29,8 +29,8 @@ OTHERS = [  # configs that nobody ships, for the formulas
     ForwardConfig(head_dim=64, tile_m=192, presume=True, scheduler="single", extra_k_stages=1),
     ForwardConfig(warp_specialised=False, pingpong=False, scheduler="persistent", q_in_registers=True),
     BackwardConfig(tile_m=48, mask="causal", q_stages=3),
-    BackwardConfig(tile_m=64, do_stages=1, early_rows=True, one_fence=True),
-    BackwardConfig(head_dim=64, tile_m=128, early_rows=True, one_fence=True, deterministic=True, mask="causal"),
+    BackwardConfig(tile_m=64, do_stages=1),
+    BackwardConfig(head_dim=64, tile_m=128, deterministic=True, mask="causal"),
     BackwardConfig(head_dim=256, tile_m=64, tile_n=64, cluster=2, do_stages=1, mask="causal"),
 ]
 
