@@ -285,21 +285,6 @@ def test_eager_calls_dispatch_no_operator():
     assert seen and not any(function.namespace == "fa3" for function in seen)
 
 
-def test_what_the_backward_cannot_do_shows_in_the_forward(monkeypatch):
-    """When its inputs are saved, that is; here without autograd, which a torch without CUDA lacks for CUDA tensors."""
-
-    def refuse(dtype, head_dim, mask, deterministic):
-        raise NotImplementedError(f"{dtype} {head_dim} {mask} {deterministic}")
-
-    monkeypatch.setattr(ops, "backward_config", refuse)
-    with FakeTensorMode():
-        q = torch.empty(2, 21, 4, 64, dtype=BF16, device="cuda")
-        out, lse = FORWARD(q, q, q, 0.125, True, True, 0)
-    assert (out.device, out.shape, lse.shape, lse.dtype) == (q.device, q.shape, (2, 4, 21), torch.float32)
-    with pytest.raises(NotImplementedError, match="bf16 64 causal True"):
-        ops.save(None, (q, q, q, 0.125, True, True, 0), (out, lse))
-
-
 @pytest.mark.parametrize("seqlen, zeroed", [(10_000, True), (16, False)])
 def test_operator_keeps_no_memory(seqlen, zeroed, monkeypatch):
     """A launch's counter may lie in a CUDA graph's pool, where torch.compile captures one: each call has its own."""
