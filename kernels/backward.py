@@ -26,7 +26,7 @@ from .parts.barriers import WARP
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, WARPS, StagedOutput
 from .parts.rounding import DTYPES, round_into
-from .parts.schedule import Divisor, TileList
+from .parts.schedule import TileList
 from .parts.softmax import LOG2_E, exp2
 from .parts.sources import RowSource, TmaSource
 
