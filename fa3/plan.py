@@ -139,7 +139,7 @@ def head_group(problem, device):
     return together * queries_per_kv
 
 
-# (head_dim, mask) -> what differs from BackwardConfig's defaults.
+# (head_dim, mask) -> what differs from BackwardConfig's defaults; from perf/NOTES.md, issue 4 (measured before there were result files).
 BACKWARD = {
     (64, "none"): dict(tile_m=128),
     (64, "causal"): dict(tile_m=128),
