@@ -18,7 +18,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
-from .configs import SCHEDULE_STAGES, WARPGROUP, BackwardConfig
+from .configs import WARPGROUP, BackwardConfig
 from .delta import DeltaKernel
 from .dq import DqKernel
 from .parts import accumulate, barriers, tiles, wgmma
@@ -26,14 +26,13 @@ from .parts.barriers import WARP
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, WARPS, StagedOutput
 from .parts.rounding import DTYPES, round_into
-from .parts.schedule import Schedule, TileList
+from .parts.schedule import TileList
 from .parts.softmax import LOG2_E, exp2
 from .parts.sources import RowSource, TmaSource
 
 ROWS = 64  # keys of a consumer warpgroup, the M of a WGMMA
 WARPGROUPS = 2  # that consume
 ALL_BARRIER = 1  # named barrier of the consumers
-CLAIM_AHEAD = 3  # tiles of queries before a tile of keys' last load, at which the next one is claimed
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,6 @@ class BackwardKernel:
         delta: cute.Tensor,  # (batch, heads, rows) fp32
         semaphore: cute.Tensor | None,  # (batch, heads, query tiles · dq_warps) int32, zeros: deterministic only
         softmax_scale: Float32,
-        ctas: Int32,  # CTAs to start, where the schedule is not "single"
-        counter: cute.Tensor | None,  # (2) int32, zeros: "dynamic" only (parts/schedule.py)
         stream: cuda.CUstream,
     ):
         c = self.config
@@ -109,14 +106,13 @@ class BackwardKernel:
 
         q_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.q_stages)
         do_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.do_stages)
-        k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.k_stages)
-        v_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.v_stages)
+        k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, 1)
         ds_layout = tiles.smem_layout(self.dtype, c.tile_m, c.tile_n * c.cluster, c.ds_buffers)
         load_q, Q = tiles.tma_load(Q, q_layout, c.tile_m, c.head_dim)
         load_do, dO = tiles.tma_load(dO, do_layout, c.tile_m, c.head_dim)
         plain_K = K
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
-        load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
+        load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
         out_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS)
         load_other_k, other_K = (load_k, K)
         if cutlass.const_expr(c.cluster == 2):
@@ -128,12 +124,12 @@ class BackwardKernel:
         tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(1))
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = Q, dO, K, V, other_K, mdK, mdV
-        layouts = q_layout, do_layout, k_layout, v_layout, ds_layout, out_layout
+        layouts = q_layout, do_layout, k_layout, ds_layout, out_layout
         queries_per_kv = Q.shape[2] // K.shape[2]
         self.kernel(
-            copies, tensors, lse_log2, delta, dq_accum, semaphore, softmax_scale, tile_list, counter, queries_per_kv, layouts
+            copies, tensors, lse_log2, delta, dq_accum, semaphore, softmax_scale, tile_list, queries_per_kv, layouts
         ).launch(
-            grid=[tile_list.length * c.cluster if c.scheduler == "single" else ctas, 1, 1],
+            grid=[tile_list.length * c.cluster, 1, 1],
             block=[c.threads, 1, 1],
             cluster=[c.cluster, 1, 1] if c.cluster > 1 else None,
             smem=c.shared_memory,
@@ -164,9 +160,8 @@ class BackwardKernel:
         if c.deterministic:
             semaphore = make_fake_tensor(Int32, (batch, heads, counters), (cute.sym_int64(), cute.sym_int64(), 1))
         accum = workspace(cute.sym_int32())
-        counter = make_fake_tensor(Int32, (2,), (1,)) if c.scheduler == "dynamic" else None
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), semaphore, Float32(1.0), Int32(1), counter, stream
+        return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), semaphore, Float32(1.0), stream
 
     @cute.kernel
     def kernel(
@@ -179,9 +174,8 @@ class BackwardKernel:
         semaphore: cute.Tensor | None,
         softmax_scale: Float32,
         tile_list: TileList,
-        counter: cute.Tensor | None,
         queries_per_kv: Int32,
-        layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K, V, dS, dK and dV
+        layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K and V, dS, dK and dV
     ):
         c = self.config
         thread = cute.arch.thread_idx()[0]
@@ -191,16 +185,14 @@ class BackwardKernel:
         smem = SmemAllocator()
         q_barriers = smem.allocate_array(cutlass.Int64, 2 * c.q_stages)
         do_barriers = smem.allocate_array(cutlass.Int64, 2 * c.do_stages)
-        k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.k_stages)
-        v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.v_stages)
-        schedule_barriers = smem.allocate_array(cutlass.Int64, 2 * SCHEDULE_STAGES)
-        slots = smem.allocate_tensor(Int32, cute.make_layout((4, SCHEDULE_STAGES)), byte_alignment=16)
+        k_barriers = smem.allocate_array(cutlass.Int64, 2)
+        v_barriers = smem.allocate_array(cutlass.Int64, 2)
         ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers)
         p_full = smem.allocate_array(cutlass.Int64, 1)
         s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.q_stages)), byte_alignment=16)
         s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
-        *in_stages, out_layout = layouts
-        shared = [self.allocate(smem, layout) for layout in in_stages]
+        q_layout, do_layout, k_layout, ds_layout, out_layout = layouts
+        shared = [self.allocate(smem, layout) for layout in (q_layout, do_layout, k_layout, k_layout, ds_layout)]
         sQ, sdO, sK, sV, sdS = shared
         sdQ, sP, s_other_k = None, None, None
         if cutlass.const_expr(c.tile_bytes["dQ"] > 0):
@@ -215,11 +207,8 @@ class BackwardKernel:
         row_bytes = 4 * c.tile_m
         q_ring = barriers.tma_ring(q_barriers, c.q_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
         do_ring = barriers.tma_ring(do_barriers, c.do_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
-        k_ring = barriers.tma_ring(k_barriers, c.k_stages, c.tile_bytes["K"] + c.tile_bytes["other K"], consumer_warps)
-        v_ring = barriers.tma_ring(v_barriers, c.v_stages, c.tile_bytes["K"], consumer_warps)
-        schedule_ring = None
-        if cutlass.const_expr(c.scheduler == "dynamic"):
-            schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, consumer_warps + 2)  # and K's and V's
+        k_ring = barriers.tma_ring(k_barriers, 1, c.tile_bytes["K"] + c.tile_bytes["other K"], consumer_warps)
+        v_ring = barriers.tma_ring(v_barriers, 1, c.tile_bytes["K"], consumer_warps)
         if warp_index == 0:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
@@ -232,40 +221,31 @@ class BackwardKernel:
         cute.arch.griddepcontrol_launch_dependents()
 
         Q, dO, K, V, other_K, mdK, mdV = tensors
+        together, head_kv, batch = tile_list.tile(cute.arch.block_idx()[0] // c.cluster)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
-        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, counter, c.cluster)
+        of_cluster = RightMask(c.mask == "causal", c.tile_m, c.tile_n * c.cluster, Q.shape[0], K.shape[0])
+        m_first, m_stop = of_cluster.query_tiles(together)
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
+        place = together * c.cluster + rank, head_kv, batch, m_first, m_stop, queries_per_kv
+        rings = q_ring, do_ring, k_ring, v_ring
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
-                rings, rows = (q_ring, do_ring), ((lse_log2, delta), (s_lse, s_delta))
-                self.produce_queries(schedule, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
-            elif warp_index == 1:
-                self.produce_keys(schedule, k_ring, c.k_stages, (copies[2], copies[4]), (K, other_K), (sK, s_other_k))
-            elif warp_index == 2:
-                self.produce_keys(schedule, v_ring, c.v_stages, (copies[3], None), (V, None), (sV, None))
+                loaded = [*shared[:4], s_other_k]
+                self.produce(place, rings, copies[:5], (Q, dO, K, V, other_K), loaded, (lse_log2, delta), (s_lse, s_delta))
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
-            outputs = [  # where V was, one after the other: nobody needs it when dK and dV are complete, but K is for the last dQ
-                StagedOutput.in_memory(copy, sV, out_layout, c.v_stages, c.tile_n * c.head_dim, tensor, c.tile_n // ROWS, 1)
-                for copy, tensor in ((copies[5], mdK), (copies[6], mdV))
+            sdK, sdV = sK, sV  # nobody needs K and V when dK and dV are complete
+            outputs = [
+                StagedOutput.in_memory(copy, memory, out_layout, 1, 0, tensor, c.tile_n // ROWS, 1)
+                for copy, memory, tensor in ((copies[5], sdK, mdK), (copies[6], sdV, mdV))
             ]
             adder = accumulate.Adder.start(dq_accum, sdQ, semaphore, c.tile_m * c.head_dim, c.accumulator_size)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, softmax_scale * Float32(LOG2_E)
-            rings = q_ring, do_ring, k_ring, v_ring
             exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
-            self.consume(own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv)
+            self.consume(own, exchanged, place, adder, outputs, softmax_scale)
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
-
-    def query_tiles(self, mask, together):
-        """(first, stop): the tiles of queries that see a key of a CTA's, or of a cluster's."""
-        c = self.config
-        return RightMask(mask.causal, c.tile_m, c.tile_n * c.cluster, mask.seqlen_q, mask.seqlen_k).query_tiles(together)
-
-    def own_keys(self, together):
-        """Number of the tile of keys that this CTA has of its cluster's."""
-        c = self.config
-        return together * c.cluster + cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
 
     def meet(self):
         """All threads of the CTA, or of the cluster, wait for each other."""
@@ -280,63 +260,32 @@ class BackwardKernel:
         return smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
 
     @cute.jit
-    def produce_queries(self, schedule, mask, rings, copies, tensors, shared, rows, queries_per_kv):
-        """One warp: for each tile of keys Q with its LSE, and dO with its delta, of every tile of queries of every head of the group.
-
-        Towards a tile's end, but not before, it claims the CTA's next one.
-        """
+    def produce(self, place, rings, copies, tensors, shared, rows, s_rows):
+        """One warp: K and V once, then Q with its LSE, and dO with its delta, of every tile of queries of every head of the group."""
         c = self.config
-        (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO) = rings, copies, tensors, shared
+        n, head_kv, batch, m_first, m_stop, queries_per_kv = place
+        q_ring, do_ring, k_ring, v_ring = rings
+        load_q, load_do, load_k, load_v, load_other_k = copies
+        Q, dO, K, V, other_K = tensors
+        sQ, sdO, sK, sV, s_other_k = shared
+        at = barriers.producing(1)
+        TmaSource.of_head(k_ring, load_k, K, sK, head_kv, batch).bring(n, at.clone())
+        if cutlass.const_expr(c.cluster == 2):  # of the other CTA's keys, this one's half of head_dim
+            sides = tiles.partition(load_other_k, s_other_k, other_K, head_kv, batch, n % 2)
+            cute.copy(load_other_k, sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=k_ring.producer_get_barrier(at))
+        TmaSource.of_head(v_ring, load_v, V, sV, head_kv, batch).bring(n, at.clone())
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
-        s_at = barriers.producing(SCHEDULE_STAGES)
-        position, ticket = schedule.first(), Int32(0)
-        together, head_kv, batch = schedule.tiles.tile(position)
         cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, and dQ's zeros
-        while position < schedule.tiles.length:
-            m_first, m_stop = self.query_tiles(mask, together)
-            first_head, of_batch = head_kv * queries_per_kv, batch
-            to_come = max(m_stop - m_first, 0) * queries_per_kv
-            following = schedule.tiles.length
-            if to_come == 0:
-                following, (together, head_kv, batch) = schedule.claimed(schedule.claim(), position)
-                s_at = schedule.tell(following, (together, head_kv, batch), s_at)
-            near_end = min(to_come, CLAIM_AHEAD)
-            for h in cutlass.range(queries_per_kv, unroll=1):
-                q = TmaSource.of_head(q_ring, load_q, Q, sQ, first_head + h, of_batch)
-                do = TmaSource.of_head(do_ring, load_do, dO, sdO, first_head + h, of_batch)
-                q_row, do_row = (RowSource.of_head(row, s_row, first_head + h, of_batch) for row, s_row in zip(*rows))
-                for m in cutlass.range(m_first, m_stop, unroll=1):
-                    if to_come == near_end:
-                        ticket = schedule.claim()
-                    q_at = q.bring(m, q_at, q_row)
-                    do_at = do.bring(m, do_at, do_row)
-                    if to_come == near_end:
-                        following, (together, head_kv, batch) = schedule.claimed(ticket, position)
-                        s_at = schedule.tell(following, (together, head_kv, batch), s_at)
-                    to_come -= 1
-            position = following
-        schedule.finish()
+        for h in cutlass.range(queries_per_kv, unroll=1):
+            head = head_kv * queries_per_kv + h
+            q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
+            do = TmaSource.of_head(do_ring, load_do, dO, sdO, head, batch)
+            q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(rows, s_rows))
+            for m in cutlass.range(m_first, m_stop, unroll=1):
+                q_at = q.bring(m, q_at, q_row)
+                do_at = do.bring(m, do_at, do_row)
         q_ring.producer_tail(q_at)
         do_ring.producer_tail(do_at)
-        if cutlass.const_expr(c.scheduler == "dynamic"):
-            schedule.ring.producer_tail(s_at)
-
-    @cute.jit
-    def produce_keys(self, schedule, ring, stages: Constexpr[int], copies, tensors, shared):
-        """One warp: K of each tile, or V. With K, in a cluster, this CTA's half of head_dim of the other CTA's keys."""
-        at = barriers.producing(stages)
-        s_at = barriers.consuming(SCHEDULE_STAGES)
-        position = schedule.first()
-        together, head_kv, batch = schedule.tiles.tile(position)
-        while position < schedule.tiles.length:
-            n = self.own_keys(together)
-            before = at.clone()
-            at = TmaSource.of_head(ring, copies[0], tensors[0], shared[0], head_kv, batch).bring(n, at)
-            if cutlass.const_expr(shared[1] is not None):
-                sides = tiles.partition(copies[1], shared[1], tensors[1], head_kv, batch, n % 2)
-                cute.copy(copies[1], sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=ring.producer_get_barrier(before))
-            position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
-        ring.producer_tail(at)
 
     def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
         """A consumer warpgroup with its operands laid out."""
@@ -379,14 +328,14 @@ class BackwardKernel:
             dsk_op,
             *rows,
             sdS=self.own_rows(tiles.transposed(sdS), index),
-            K=operand_a(kq, self.own_rows(sK, index)),
+            K=operand_a(kq, self.own_rows(sK, index))[None, None, None, 0],
             Q=operand_b(kq, sQ),
-            V=operand_a(kq, self.own_rows(sV, index)),
+            V=operand_a(kq, self.own_rows(sV, index))[None, None, None, 0],
             dO=operand_b(kq, sdO),
             dO_of_dV=operand_b(pdo, tiles.transposed(sdO)),
             Q_of_dK=operand_b(pdo, tiles.transposed(sQ)),
             dS_of_dQ=dS_of_dQ,
-            K_of_dQ=K_of_dQ,
+            K_of_dQ=K_of_dQ[None, None, None, 0],
             S=accumulator(kq, c.tile_m),
             dP=accumulator(kq, c.tile_m),
             P=accumulator(kq, c.tile_m, self.dtype),
@@ -401,110 +350,85 @@ class BackwardKernel:
         return cute.local_tile(shared, (ROWS, *shared.shape[1:]), (index, 0, 0))
 
     @cute.jit
-    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv):
-        """One warpgroup: dK and dV of 64 keys of each tile that the CTA gets, and what they add to dQ.
-
-        One loop over the tiles of queries of all tiles of keys: ptxas spills in a loop around the loop. So dQ of a tile's last queries
-        is computed in the next tile's first step, beside its S.
-        """
+    def consume(self, own, exchanged, place, adder, outputs, softmax_scale):
+        """One warpgroup: dK and dV of its 64 keys, and what they add to dQ."""
         c = self.config
         t = self.consumer(*own, *exchanged)
-        at = barriers.consuming(2)
-        position, turn = schedule.first(), Int32(0)
-        n, head_kv, batch = schedule.tiles.tile(position)
-        m_first, m_stop = self.query_tiles(t.mask, n)
-        m, head = m_first, head_kv * queries_per_kv
-        last_head = head + queries_per_kv - 1
-        k_at = barriers.at_turn(c.k_stages, turn)
-        t.k_ring.consumer_wait(k_at)
-        t.v_ring.consumer_wait(barriers.at_turn(c.v_stages, turn))
-        before_m, before_head, before_n, before_batch = m, head, n, batch
-        kv0 = k_at.index, barriers.at_turn(c.v_stages, turn).index
-        at = self.step(t, n, m, batch, (m, head, n, batch), adder, (*kv0, kv0[0]), at, first=True)
-        going = position < schedule.tiles.length
-        while going:
-            before_m, before_head, before_n, before_batch = m, head, n, batch
-            before_turn = turn
-            if m == m_stop - 1 and head == last_head:
-                cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)
-                self.scale(t.dK, softmax_scale)
-                outputs[1].write(t.dV, barriers.at_turn(c.v_stages, turn).index, n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread)
-                outputs[1].finish()
-                outputs[0].write(t.dK, barriers.at_turn(c.v_stages, turn).index, n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread)
-                position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
-                m_first, m_stop = self.query_tiles(t.mask, n)
-                m, head = m_first, head_kv * queries_per_kv
-                last_head = head + queries_per_kv - 1
-                outputs[0].finish()
-                t.v_ring.consumer_release(barriers.at_turn(c.v_stages, turn))
-                turn += 1
-                t.dK.fill(0.0)
-                t.dV.fill(0.0)
-                going = position < schedule.tiles.length
-                if going:
-                    t.k_ring.consumer_wait(barriers.at_turn(c.k_stages, turn))
-                    t.v_ring.consumer_wait(barriers.at_turn(c.v_stages, turn))
-            else:
+        n, head_kv, batch, m_first, m_stop, queries_per_kv = place
+        q_at, do_at, kv_at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages), barriers.consuming(1)
+        ds_at = barriers.consuming(c.ds_buffers)
+        t.k_ring.consumer_wait(kv_at)
+        t.v_ring.consumer_wait(kv_at)
+        count = max(m_stop - m_first, 0) * queries_per_kv
+        if count > 0:
+            m, head = m_first, head_kv * queries_per_kv
+            before = m, head
+            q_at, do_at, ds_at = self.step(t, n, m, batch, before, adder, q_at, do_at, ds_at, first=True)
+            for i in cutlass.range(1, count, unroll=1):
+                before = m, head
                 m += 1
                 if m == m_stop:
                     m, head = m_first, head + 1
-            if going:
-                kv3 = barriers.at_turn(c.k_stages, turn).index, barriers.at_turn(c.v_stages, turn).index, barriers.at_turn(c.k_stages, before_turn).index
-                at = self.step(t, n, m, batch, (before_m, before_head, before_n, before_batch), adder, kv3, at, first=False)
-                if before_turn != turn:
-                    t.k_ring.consumer_release(barriers.at_turn(c.k_stages, before_turn))
-        k_at = barriers.at_turn(c.k_stages, turn - 1)
-        self.issue_dq(t, k_at.index, barriers.before(at))
-        wgmma.wait(0)
-        t.k_ring.consumer_release(k_at)
-        adder.put(t.dQ, t.index, t.thread)
-        self.publish()
-        adder.send(self.turn(t, before_m, before_n), before_m, before_head, before_batch, t.index, t.thread)
+                q_at, do_at, ds_at = self.step(t, n, m, batch, before, adder, q_at, do_at, ds_at, first=False)
+            self.issue_dq(t, barriers.before(ds_at))
+            wgmma.wait(0)
+            adder.put(t.dQ, t.index, t.thread)
+            self.publish()
+            adder.send(self.turn(t, m, n), m, head, batch, t.index, t.thread)
+        else:
+            t.dK.fill(0.0)
+            t.dV.fill(0.0)
+        cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
+        self.scale(t.dK, softmax_scale)
+        for gradient, output in zip((t.dV, t.dK), reversed(outputs)):
+            output.write(gradient, 0, n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread)
+        outputs[0].finish()
         adder.finish()
 
     @cute.jit
-    def step(self, t: Consumer, n, m, batch, before, adder, kv, at, first: Constexpr[bool]):
+    def step(self, t: Consumer, n, m, batch, before, adder, q_at, do_at, ds_at, first: Constexpr[bool]):
         """A tile of queries: S, P, dP, dS, dV and dK; and dQ of the tile before, as the other warpgroup's dS is there by now.
 
-        before: (m, head, n, batch) of that one. kv: the stages of K and V, and of K for the tile before.
+        before: (m, head) of that tile.
         """
         c = self.config
-        K, V = t.K[None, None, None, kv[0]], t.V[None, None, None, kv[1]]
-        t.q_ring.consumer_wait(at)
-        wgmma.issue(t.kq, t.S, K, t.Q[None, None, None, at.index], accumulate=False)
-        lse = wgmma.load_by_columns(t.lse_log2[None, at.index], t.thread)
+        t.q_ring.consumer_wait(q_at)
+        wgmma.issue(t.kq, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)
+        lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
         if cutlass.const_expr(first):
             wgmma.wait(0)
         else:
-            self.issue_dq(t, kv[2], barriers.before(at))
+            self.issue_dq(t, barriers.before(ds_at))
             wgmma.wait(1)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
         self.exponentials(t, lse)
         round_into(t.P, t.S)
-        t.do_ring.consumer_wait(at)
-        wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
-        dO, Q = t.dO_of_dV[None, None, None, at.index], t.Q_of_dK[None, None, None, at.index]
+        t.do_ring.consumer_wait(do_at)
+        wgmma.issue(t.kq, t.dP, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
+        dO, Q = t.dO_of_dV[None, None, None, do_at.index], t.Q_of_dK[None, None, None, q_at.index]
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=not first)
-        delta = wgmma.load_by_columns(t.delta[None, at.index], t.thread)
+        delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
         if cutlass.const_expr(not first):
             wgmma.wait(2)
             adder.put(t.dQ, t.index, t.thread)
             self.publish()
-            adder.send(self.turn(t, before[0], before[2]), before[0], before[1], before[3], t.index, t.thread)
+            adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
         wgmma.wait(1)
         self.differentials(t, delta)
         round_into(t.dS, t.dP)
-        wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, at.index], t.thread, transposed=True)
+        wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, ds_at.index], t.thread, transposed=True)
         self.publish()
         if cute.arch.lane_idx() == 0:
-            cute.arch.mbarrier_arrive(t.ds_full + at.index)
+            cute.arch.mbarrier_arrive(t.ds_full + ds_at.index)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=not first)
         wgmma.wait(0)
-        t.do_ring.consumer_release(at)
-        t.q_ring.consumer_release(at)
-        at.advance()
-        return at
+        t.do_ring.consumer_release(do_at)
+        t.q_ring.consumer_release(q_at)
+        q_at.advance()
+        do_at.advance()
+        ds_at.advance()
+        return q_at, do_at, ds_at
 
     @cute.jit
     def scale(self, acc: cute.Tensor, factor):
@@ -540,10 +464,9 @@ class BackwardKernel:
         return mask.key_tiles(m * c.tile_m, c.tile_m)[0] - 1 - n // c.cluster
 
     @cute.jit
-    def issue_dq(self, t, k_stage, ds_at):
+    def issue_dq(self, t, ds_at):
         """dQ = dS K, or dQᵀ = Kᵀ dSᵀ, in flight, once all of dS is there."""
         cute.arch.mbarrier_wait(t.ds_full + ds_at.index, ds_at.phase)
         dS = t.dS_of_dQ[None, None, None, ds_at.index]
-        K = t.K_of_dQ[None, None, None, k_stage]
-        A, B = (dS, K) if self.config.dq_by_rows else (K, dS)
+        A, B = (dS, t.K_of_dQ) if self.config.dq_by_rows else (t.K_of_dQ, dS)
         wgmma.issue(t.dsk, t.dQ, A, B, accumulate=False)

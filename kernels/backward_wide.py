@@ -125,13 +125,11 @@ class WideBackwardKernel(BackwardKernel):
         )
 
     @cute.jit
-    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv):
+    def consume(self, own, exchanged, place, adder, outputs, softmax_scale):
         """One warpgroup: dV or dK of the CTA's keys, and half of what they add to dQ."""
         c = self.config
         t = self.consumer(*own, *exchanged)
-        together, head_kv, batch = schedule.tiles.tile(schedule.first())
-        m_first, m_stop = self.query_tiles(t.mask, together)
-        n = self.own_keys(together)
+        n, head_kv, batch, m_first, m_stop, queries_per_kv = place
         q_at, do_at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages)
         ds_at, p_at, kv_at = barriers.consuming(c.ds_buffers), barriers.consuming(1), barriers.consuming(1)
         t.k_ring.consumer_wait(kv_at)
@@ -159,8 +157,6 @@ class WideBackwardKernel(BackwardKernel):
             self.scale(t.dX, softmax_scale)
             outputs[0].write(t.dX, 0, n, head_kv, batch, 0, t.thread)
         outputs[0].finish()
-        t.k_ring.consumer_release(kv_at)
-        t.v_ring.consumer_release(kv_at)
 
     @cute.jit
     def of_values(self, t: Consumer, n, m, q_at, do_at, ds_at):

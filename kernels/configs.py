@@ -251,8 +251,6 @@ class BackwardConfig:
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight.
     cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
-    scheduler: "single", a CTA for each tile of keys (of a cluster's); or "dynamic", CTAs that claim one after another and load the next
-        one's K while they work (parts/schedule.py; not at head_dim 256).
     deterministic: key tiles add to dQ in a fixed order.
     """
 
@@ -264,7 +262,6 @@ class BackwardConfig:
     q_stages: int = 2
     do_stages: int = 2
     cluster: int = 1
-    scheduler: str = "single"
     deterministic: bool = False
 
     family = "backward"
@@ -278,7 +275,6 @@ class BackwardConfig:
         one_of("q_stages", (1, 2, 3, 4))
         one_of("do_stages", (1, 2, 3, 4))
         one_of("cluster", (1, 2) if self.wide else (1,))
-        one_of("scheduler", ("single",) if self.wide else ("single", "dynamic"))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64, 80, 96, 112, 128), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
@@ -348,16 +344,6 @@ class BackwardConfig:
         return 8 * self.cluster
 
     @property
-    def k_stages(self):
-        """Tiles of K in flight."""
-        return 2 if self.scheduler == "dynamic" else 1
-
-    @property
-    def v_stages(self):
-        """Tiles of V in flight."""
-        return 2 if self.scheduler == "dynamic" and self.head_dim == 64 else 1
-
-    @property
     def ds_buffers(self):
         """Places for dS in shared memory: with two, one barrier a step is enough."""
         return 1 if self.wide and self.cluster == 1 else 2
@@ -381,12 +367,11 @@ class BackwardConfig:
     def barrier_bytes(self):
         """mbarriers, full and empty, for K, V and each stage of Q and dO, and for dS and P; LSE and delta of the stages; padded."""
         stages = self.q_stages + self.do_stages
-        rings = 8 * 2 * (self.k_stages + self.v_stages + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
-        return -(-(rings + 8 * (self.ds_buffers + 1) + 4 * self.tile_m * stages) // 1024) * 1024
+        return -(-(8 * 2 * (2 + stages) + 8 * (self.ds_buffers + 1) + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        tiles = (self.q_stages + self.do_stages) * t["Q"] + (self.k_stages + self.v_stages) * t["K"] + t["other K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]
+        tiles = (self.q_stages + self.do_stages) * t["Q"] + 2 * t["K"] + t["other K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]
         return self.barrier_bytes + tiles
