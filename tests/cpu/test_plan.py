@@ -148,6 +148,12 @@ def test_more_backward_tiles_than_a_grid_can_count_are_refused(shape, name):
         plan_backward(problem(shape), DEVICE)
 
 
+def test_a_head_whose_dq_has_more_numbers_than_32_bits_count_is_refused():
+    plan_backward(problem((1, 2**23 - 64, 64, 1, 1), head_dim=256), DEVICE)
+    with pytest.raises(ValueError, match=f"q has {2**23} rows; at head_dim 256 the backward takes under {2**23}"):
+        plan_backward(problem((1, 2**23, 64, 1, 1), head_dim=256), DEVICE)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("seqlen_q", [1, 64, 1000])
 def test_backward_workspace_is_dqs_sum_and_two_numbers_a_query(seqlen_q, deterministic):
