@@ -187,8 +187,9 @@ def plan_backward(problem: Problem, device: Device) -> BackwardPlan:
     for name, tiles in (("q", query_tiles * problem.heads * problem.batch), ("k", key_tiles * problem.heads_kv * problem.batch)):
         if tiles >= 2**31:
             raise ValueError(f"{name} has {tiles} tiles; the backward can launch at most {2**31 - 1}")
-    if query_tiles * config.tile_m * config.head_dim >= 2**31:  # what 32 bits count of a head's fp32 sum of dQ
-        raise ValueError(f"q has {problem.seqlen_q} rows; at head_dim {config.head_dim} the backward takes under {2**31 // config.head_dim}")
+    most = (2**31 - 1) // (config.tile_m * config.head_dim)  # tiles: 32 bits count the numbers of a head's fp32 sum of dQ
+    if query_tiles > most:
+        raise ValueError(f"q has {problem.seqlen_q} rows; the backward takes at most {most * config.tile_m} at head_dim {config.head_dim}")
     return BackwardPlan(config, problem.batch, problem.heads, query_tiles)
 
 
