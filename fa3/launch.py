@@ -54,13 +54,14 @@ class BackwardLaunch:
         self.kernel = jit.get(plan.config)
         self.q_factor, self.scale = positive(problem.softmax_scale)
         self.workspace = plan.workspace.values()
+        self.ctas = plan.ctas
 
     def __call__(self, dout, q, k, v, out, lse, dq, dk, dv):
         if self.q_factor is not None:
             q = q * self.q_factor
         q, k, v, out, dout = map(readable, (q, k, v, out, dout))
         workspace = [None if needed is None else allocated(*needed, q.device) for needed in self.workspace]
-        self.kernel(q, k, v, out, dout, lse.contiguous(), dq, dk, dv, *workspace, self.scale)
+        self.kernel(q, k, v, out, dout, lse.contiguous(), dq, dk, dv, *workspace, self.scale, self.ctas)
         if self.q_factor is not None:
             dq.mul_(self.q_factor)
 

@@ -152,12 +152,13 @@ BACKWARD = {
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """A backward call's config and its workspace."""
+    """A backward call's config, its workspace, and how many CTAs claim tiles of keys (of no meaning where each has but one)."""
 
     config: BackwardConfig
     batch: int
     heads: int
     query_tiles: int
+    ctas: int
 
     @property
     def rows(self):
@@ -182,6 +183,11 @@ class BackwardPlan:
 def plan_backward(problem: Problem, device: Device) -> BackwardPlan:
     """The plan of the backward of a forward call that has scores to compute."""
     config = backward_config(problem.dtype, problem.head_dim, "causal" if problem.causal else "none", problem.deterministic)
+    return planned_backward(config, problem, device)
+
+
+def planned_backward(config, problem, device):
+    """The plan of a backward call whose config is chosen already."""
     query_tiles = -(-problem.seqlen_q // config.tile_m)
     key_tiles = -(-problem.seqlen_k // config.tile_n)
     for name, tiles in (("q", query_tiles * problem.heads * problem.batch), ("k", key_tiles * problem.heads_kv * problem.batch)):
@@ -190,7 +196,8 @@ def plan_backward(problem: Problem, device: Device) -> BackwardPlan:
     most = (2**31 - 1) // (config.tile_m * config.head_dim)  # tiles: 32 bits count the numbers of a head's fp32 sum of dQ
     if query_tiles > most:
         raise ValueError(f"q has {problem.seqlen_q} rows; the backward takes at most {most * config.tile_m} at head_dim {config.head_dim}")
-    return BackwardPlan(config, problem.batch, problem.heads, query_tiles)
+    ctas = min(device.sms, key_tiles * problem.heads_kv * problem.batch)
+    return BackwardPlan(config, problem.batch, problem.heads, query_tiles, ctas)
 
 
 def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:

@@ -18,21 +18,22 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
-from .configs import WARPGROUP, BackwardConfig
+from .configs import SCHEDULE_STAGES, WARPGROUP, BackwardConfig
 from .delta import DeltaKernel
 from .dq import DqKernel
 from .parts import accumulate, barriers, tiles, wgmma
 from .parts.barriers import WARP
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, WARPS, StagedOutput
-from .parts.rounding import DTYPES, round_into
-from .parts.schedule import TileList
+from .parts.rounding import DTYPES, round_into, widened
+from .parts.schedule import Schedule, TileList
 from .parts.softmax import LOG2_E, exp2
 from .parts.sources import RowSource, TmaSource
 
 ROWS = 64  # keys of a consumer warpgroup, the M of a WGMMA
 WARPGROUPS = 2  # that consume
 ALL_BARRIER = 1  # named barrier of the consumers
+CLAIM_AHEAD = 3  # tiles of queries before a tile of keys' last load, at which the next one is claimed
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class BackwardKernel:
         delta: cute.Tensor,  # (batch, heads, rows) fp32
         semaphore: cute.Tensor | None,  # (batch, heads, query tiles · dq_warps) int32, zeros: deterministic only
         softmax_scale: Float32,
+        ctas: Int32,  # to start where they claim tiles
         stream: cuda.CUstream,
     ):
         c = self.config
@@ -102,18 +104,21 @@ class BackwardKernel:
         Q, K, V, O, dO, dQ, dK, dV = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=by_head)) for t in (Q, K, V, O, dO, dQ, dK, dV)
         )
-        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, stream)
+        # of tiles claimed, where dQ will be: nobody writes that before DqKernel
+        counter = cute.make_tensor(cute.recast_ptr(dQ.iterator, dtype=Int32), 1) if c.scheduler == "dynamic" else None
+        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, counter, stream)
 
         q_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.q_stages)
         do_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.do_stages)
-        k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, 1)
+        k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.k_stages)
+        v_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.v_stages)
         ds_layout = tiles.smem_layout(self.dtype, c.tile_m, c.tile_n * c.cluster, c.ds_buffers)
         load_q, Q = tiles.tma_load(Q, q_layout, c.tile_m, c.head_dim)
         load_do, dO = tiles.tma_load(dO, do_layout, c.tile_m, c.head_dim)
         plain_K = K
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
-        load_v, V = tiles.tma_load(V, k_layout, c.tile_n, c.head_dim)
-        out_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS)
+        load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
+        out_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS * (1 + c.outputs_abreast))
         load_other_k, other_K = (load_k, K)
         if cutlass.const_expr(c.cluster == 2):
             half_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim // 2, 1)
@@ -124,12 +129,12 @@ class BackwardKernel:
         tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(1))
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = Q, dO, K, V, other_K, mdK, mdV
-        layouts = q_layout, do_layout, k_layout, ds_layout, out_layout
+        layouts = q_layout, do_layout, k_layout, v_layout, ds_layout, out_layout
         queries_per_kv = Q.shape[2] // K.shape[2]
         self.kernel(
-            copies, tensors, lse_log2, delta, dq_accum, semaphore, softmax_scale, tile_list, queries_per_kv, layouts
+            copies, tensors, lse_log2, delta, dq_accum, semaphore, softmax_scale, tile_list, counter, queries_per_kv, layouts
         ).launch(
-            grid=[tile_list.length * c.cluster, 1, 1],
+            grid=[tile_list.length * c.cluster if c.scheduler == "single" else ctas, 1, 1],
             block=[c.threads, 1, 1],
             cluster=[c.cluster, 1, 1] if c.cluster > 1 else None,
             smem=c.shared_memory,
@@ -161,7 +166,7 @@ class BackwardKernel:
             semaphore = make_fake_tensor(Int32, (batch, heads, counters), (cute.sym_int64(), cute.sym_int64(), 1))
         accum = workspace(cute.sym_int32())
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), semaphore, Float32(1.0), stream
+        return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), semaphore, Float32(1.0), Int32(1), stream
 
     @cute.kernel
     def kernel(
@@ -174,8 +179,9 @@ class BackwardKernel:
         semaphore: cute.Tensor | None,
         softmax_scale: Float32,
         tile_list: TileList,
+        counter: cute.Tensor | None,
         queries_per_kv: Int32,
-        layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K and V, dS, dK and dV
+        layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K, V, dS, dK and dV
     ):
         c = self.config
         thread = cute.arch.thread_idx()[0]
@@ -185,14 +191,16 @@ class BackwardKernel:
         smem = SmemAllocator()
         q_barriers = smem.allocate_array(cutlass.Int64, 2 * c.q_stages)
         do_barriers = smem.allocate_array(cutlass.Int64, 2 * c.do_stages)
-        k_barriers = smem.allocate_array(cutlass.Int64, 2)
-        v_barriers = smem.allocate_array(cutlass.Int64, 2)
+        k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.k_stages)
+        v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.v_stages)
+        schedule_barriers = smem.allocate_array(cutlass.Int64, 2 * SCHEDULE_STAGES)
+        slots = smem.allocate_tensor(Int32, cute.make_layout((4, SCHEDULE_STAGES)), byte_alignment=16)
         ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers)
         p_full = smem.allocate_array(cutlass.Int64, 1)
         s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.q_stages)), byte_alignment=16)
         s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
-        q_layout, do_layout, k_layout, ds_layout, out_layout = layouts
-        shared = [self.allocate(smem, layout) for layout in (q_layout, do_layout, k_layout, k_layout, ds_layout)]
+        *in_stages, out_layout = layouts
+        shared = [self.allocate(smem, layout) for layout in in_stages]
         sQ, sdO, sK, sV, sdS = shared
         sdQ, sP, s_other_k = None, None, None
         if cutlass.const_expr(c.tile_bytes["dQ"] > 0):
@@ -207,8 +215,11 @@ class BackwardKernel:
         row_bytes = 4 * c.tile_m
         q_ring = barriers.tma_ring(q_barriers, c.q_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
         do_ring = barriers.tma_ring(do_barriers, c.do_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
-        k_ring = barriers.tma_ring(k_barriers, 1, c.tile_bytes["K"] + c.tile_bytes["other K"], consumer_warps)
-        v_ring = barriers.tma_ring(v_barriers, 1, c.tile_bytes["K"], consumer_warps)
+        k_ring = barriers.tma_ring(k_barriers, c.k_stages, c.tile_bytes["K"] + c.tile_bytes["other K"], consumer_warps)
+        v_ring = barriers.tma_ring(v_barriers, c.v_stages, c.tile_bytes["K"], consumer_warps)
+        schedule_ring = None
+        if cutlass.const_expr(c.scheduler == "dynamic"):
+            schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, consumer_warps + 2)  # and K's and V's
         if warp_index == 0:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
@@ -221,31 +232,51 @@ class BackwardKernel:
         cute.arch.griddepcontrol_launch_dependents()
 
         Q, dO, K, V, other_K, mdK, mdV = tensors
-        together, head_kv, batch = tile_list.tile(cute.arch.block_idx()[0] // c.cluster)
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
-        of_cluster = RightMask(c.mask == "causal", c.tile_m, c.tile_n * c.cluster, Q.shape[0], K.shape[0])
-        m_first, m_stop = of_cluster.query_tiles(together)
-        rank = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
-        place = together * c.cluster + rank, head_kv, batch, m_first, m_stop, queries_per_kv
-        rings = q_ring, do_ring, k_ring, v_ring
+        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, counter, c.cluster)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
-                loaded = [*shared[:4], s_other_k]
-                self.produce(place, rings, copies[:5], (Q, dO, K, V, other_K), loaded, (lse_log2, delta), (s_lse, s_delta))
+                rings, rows = (q_ring, do_ring), ((lse_log2, delta), (s_lse, s_delta))
+                self.produce_queries(schedule, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
+            elif warp_index == 1:
+                self.produce_keys(schedule, k_ring, c.k_stages, (copies[2], copies[4]), (K, other_K), (sK, s_other_k))
+            elif warp_index == 2:
+                self.produce_keys(schedule, v_ring, c.v_stages, (copies[3], None), (V, None), (sV, None))
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
-            sdK, sdV = sK, sV  # nobody needs K and V when dK and dV are complete
-            outputs = [
-                StagedOutput.in_memory(copy, memory, out_layout, 1, 0, tensor, c.tile_n // ROWS, 1)
-                for copy, memory, tensor in ((copies[5], sdK, mdK), (copies[6], sdV, mdV))
-            ]
+            outputs = self.outputs(copies[5:], (mdK, mdV), (sK, sV, sdQ), out_layout)
             adder = accumulate.Adder.start(dq_accum, sdQ, semaphore, c.tile_m * c.head_dim, c.accumulator_size)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, softmax_scale * Float32(LOG2_E)
+            rings = q_ring, do_ring, k_ring, v_ring
             exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
-            self.consume(own, exchanged, place, adder, outputs, softmax_scale)
+            self.consume(own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv)
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
+
+    def outputs(self, stores, tensors, shared, layout):
+        """What takes dK and dV to memory: where dQ leaves from, each warp through its own part of that, side by side or one after the other."""
+        c = self.config
+        _, _, sdQ = shared
+        place = WARP_ROWS * c.head_dim
+        abreast = 1 + c.outputs_abreast
+        shape, stride = layout.outer.shape[:2], layout.outer.stride[:2]
+        by_warp = cute.make_layout((*shape, c.tile_n // WARP_ROWS, 1), stride=(*stride, place * abreast, 0))
+        memory = cute.recast_ptr(sdQ.iterator, layout.inner, dtype=self.dtype)
+        return [
+            StagedOutput(store, cute.make_tensor(memory + i * (abreast - 1) * place, by_warp), tensor, WARPGROUPS, 1)
+            for i, (store, tensor) in enumerate(zip(stores, tensors))
+        ]
+
+    def query_tiles(self, mask, together):
+        """(first, stop): the tiles of queries that see a key of a CTA's, or of a cluster's."""
+        c = self.config
+        return RightMask(mask.causal, c.tile_m, c.tile_n * c.cluster, mask.seqlen_q, mask.seqlen_k).query_tiles(together)
+
+    def own_keys(self, together):
+        """Number of the tile of keys that this CTA has of its cluster's."""
+        c = self.config
+        return together * c.cluster + cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
 
     def meet(self):
         """All threads of the CTA, or of the cluster, wait for each other."""
@@ -260,32 +291,62 @@ class BackwardKernel:
         return smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
 
     @cute.jit
-    def produce(self, place, rings, copies, tensors, shared, rows, s_rows):
-        """One warp: K and V once, then Q with its LSE, and dO with its delta, of every tile of queries of every head of the group."""
+    def produce_queries(self, schedule, mask, rings, copies, tensors, shared, rows, queries_per_kv):
+        """One warp: for each tile of keys Q with its LSE, and dO with its delta, of every tile of queries of every head of the group.
+
+        Towards a tile's end, but not before, it claims the CTA's next one.
+        """
         c = self.config
-        n, head_kv, batch, m_first, m_stop, queries_per_kv = place
-        q_ring, do_ring, k_ring, v_ring = rings
-        load_q, load_do, load_k, load_v, load_other_k = copies
-        Q, dO, K, V, other_K = tensors
-        sQ, sdO, sK, sV, s_other_k = shared
-        at = barriers.producing(1)
-        TmaSource.of_head(k_ring, load_k, K, sK, head_kv, batch).bring(n, at.clone())
-        if cutlass.const_expr(c.cluster == 2):  # of the other CTA's keys, this one's half of head_dim
-            sides = tiles.partition(load_other_k, s_other_k, other_K, head_kv, batch, n % 2)
-            cute.copy(load_other_k, sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=k_ring.producer_get_barrier(at))
-        TmaSource.of_head(v_ring, load_v, V, sV, head_kv, batch).bring(n, at.clone())
+        (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO) = rings, copies, tensors, shared
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
+        s_at = barriers.producing(SCHEDULE_STAGES)
+        position, ticket = schedule.first(), Int32(0)
+        together, head_kv, batch = schedule.tiles.tile(position)
         cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, and dQ's zeros
-        for h in cutlass.range(queries_per_kv, unroll=1):
-            head = head_kv * queries_per_kv + h
-            q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
-            do = TmaSource.of_head(do_ring, load_do, dO, sdO, head, batch)
-            q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(rows, s_rows))
-            for m in cutlass.range(m_first, m_stop, unroll=1):
-                q_at = q.bring(m, q_at, q_row)
-                do_at = do.bring(m, do_at, do_row)
+        while position < schedule.tiles.length:
+            m_first, m_stop = self.query_tiles(mask, together)
+            first_head, of_batch = head_kv * queries_per_kv, batch
+            to_come = max(m_stop - m_first, 0) * queries_per_kv
+            following = schedule.tiles.length
+            if to_come == 0:
+                following, (together, head_kv, batch) = schedule.claimed(schedule.claim(), position)
+                s_at = schedule.tell(following, (together, head_kv, batch), s_at)
+            near_end = min(to_come, CLAIM_AHEAD)
+            for h in cutlass.range(queries_per_kv, unroll=1):
+                q = TmaSource.of_head(q_ring, load_q, Q, sQ, first_head + h, of_batch)
+                do = TmaSource.of_head(do_ring, load_do, dO, sdO, first_head + h, of_batch)
+                q_row, do_row = (RowSource.of_head(row, s_row, first_head + h, of_batch) for row, s_row in zip(*rows))
+                for m in cutlass.range(m_first, m_stop, unroll=1):
+                    if to_come == near_end:
+                        ticket = schedule.claim()
+                    q_at = q.bring(m, q_at, q_row)
+                    do_at = do.bring(m, do_at, do_row)
+                    if to_come == near_end:
+                        following, (together, head_kv, batch) = schedule.claimed(ticket, position)
+                        s_at = schedule.tell(following, (together, head_kv, batch), s_at)
+                    to_come -= 1
+            position = following
         q_ring.producer_tail(q_at)
         do_ring.producer_tail(do_at)
+        if cutlass.const_expr(c.scheduler == "dynamic"):
+            schedule.ring.producer_tail(s_at)
+
+    @cute.jit
+    def produce_keys(self, schedule, ring, stages: Constexpr[int], copies, tensors, shared):
+        """One warp: K of each tile, or V. With K, in a cluster, this CTA's half of head_dim of the other CTA's keys."""
+        at = barriers.producing(stages)
+        s_at = barriers.consuming(SCHEDULE_STAGES)
+        position = schedule.first()
+        together, head_kv, batch = schedule.tiles.tile(position)
+        while position < schedule.tiles.length:
+            n = self.own_keys(together)
+            before = at.clone()
+            at = TmaSource.of_head(ring, copies[0], tensors[0], shared[0], head_kv, batch).bring(n, at)
+            if cutlass.const_expr(shared[1] is not None):
+                sides = tiles.partition(copies[1], shared[1], tensors[1], head_kv, batch, n % 2)
+                cute.copy(copies[1], sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=ring.producer_get_barrier(before))
+            position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
+        ring.producer_tail(at)
 
     def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
         """A consumer warpgroup with its operands laid out."""
@@ -328,14 +389,14 @@ class BackwardKernel:
             dsk_op,
             *rows,
             sdS=self.own_rows(tiles.transposed(sdS), index),
-            K=operand_a(kq, self.own_rows(sK, index))[None, None, None, 0],
+            K=operand_a(kq, self.own_rows(sK, index)),
             Q=operand_b(kq, sQ),
-            V=operand_a(kq, self.own_rows(sV, index))[None, None, None, 0],
+            V=operand_a(kq, self.own_rows(sV, index)),
             dO=operand_b(kq, sdO),
             dO_of_dV=operand_b(pdo, tiles.transposed(sdO)),
             Q_of_dK=operand_b(pdo, tiles.transposed(sQ)),
             dS_of_dQ=dS_of_dQ,
-            K_of_dQ=K_of_dQ[None, None, None, 0],
+            K_of_dQ=K_of_dQ,
             S=accumulator(kq, c.tile_m),
             dP=accumulator(kq, c.tile_m),
             P=accumulator(kq, c.tile_m, self.dtype),
@@ -350,85 +411,119 @@ class BackwardKernel:
         return cute.local_tile(shared, (ROWS, *shared.shape[1:]), (index, 0, 0))
 
     @cute.jit
-    def consume(self, own, exchanged, place, adder, outputs, softmax_scale):
-        """One warpgroup: dK and dV of its 64 keys, and what they add to dQ."""
+    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv):
+        """One warpgroup: dK and dV of 64 keys of each tile that the CTA gets, and what they add to dQ.
+
+        One loop over the tiles of queries of all tiles of keys, as ptxas spills in a loop around the loop: a tile's last queries' dQ is
+        computed beside the next tile's first S.
+        """
         c = self.config
         t = self.consumer(*own, *exchanged)
-        n, head_kv, batch, m_first, m_stop, queries_per_kv = place
-        q_at, do_at, kv_at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages), barriers.consuming(1)
-        ds_at = barriers.consuming(c.ds_buffers)
-        t.k_ring.consumer_wait(kv_at)
-        t.v_ring.consumer_wait(kv_at)
-        count = max(m_stop - m_first, 0) * queries_per_kv
-        if count > 0:
-            m, head = m_first, head_kv * queries_per_kv
-            before = m, head
-            q_at, do_at, ds_at = self.step(t, n, m, batch, before, adder, q_at, do_at, ds_at, first=True)
-            for i in cutlass.range(1, count, unroll=1):
-                before = m, head
+        at, turn = barriers.consuming(2), Int32(0)
+        position = schedule.first()
+        n, head_kv, batch = schedule.tiles.tile(position)
+        m, m_stop = self.query_tiles(t.mask, n)
+        left = (m_stop - m) * queries_per_kv
+        place = adder.tile(m, head_kv * queries_per_kv, batch)
+        k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
+        t.k_ring.consumer_wait(k_at)
+        t.v_ring.consumer_wait(v_at)
+        before_place, before_turn, before_order = place, turn, self.turn(t, m, n)
+        at = self.step(t, n, m, (k_at.index, v_at.index), None, adder, at)
+        going = left > 0
+        while going:
+            before_place, before_turn, before_order = place, turn, self.turn(t, m, n)
+            left -= 1
+            if left == 0:
+                t.v_ring.consumer_release(barriers.at_turn(c.v_stages, turn))
+                self.write(t, schedule.tiles.tile(position), adder, outputs, softmax_scale)
+                position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
+                going = position < schedule.tiles.length
+                turn += 1
+                m, _ = self.query_tiles(t.mask, n)
+                left = (m_stop - m) * queries_per_kv
+                place = adder.tile(m, head_kv * queries_per_kv, batch)
+                t.dK.fill(0.0)
+                t.dV.fill(0.0)
+                if going:
+                    t.k_ring.consumer_wait(barriers.at_turn(c.k_stages, turn))
+                    t.v_ring.consumer_wait(barriers.at_turn(c.v_stages, turn))
+            else:
                 m += 1
+                place += 1
                 if m == m_stop:
-                    m, head = m_first, head + 1
-                q_at, do_at, ds_at = self.step(t, n, m, batch, before, adder, q_at, do_at, ds_at, first=False)
-            self.issue_dq(t, barriers.before(ds_at))
-            wgmma.wait(0)
-            adder.put(t.dQ, t.index, t.thread)
-            self.publish()
-            adder.send(self.turn(t, m, n), m, head, batch, t.index, t.thread)
-        else:
-            t.dK.fill(0.0)
-            t.dV.fill(0.0)
-        cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
-        self.scale(t.dK, softmax_scale)
-        for gradient, output in zip((t.dV, t.dK), reversed(outputs)):
-            output.write(gradient, 0, n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread)
-        outputs[0].finish()
+                    m, _ = self.query_tiles(t.mask, n)
+                    place += m
+            if going:
+                k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
+                k_before = barriers.at_turn(c.k_stages, before_turn)
+                at = self.step(t, n, m, (k_at.index, v_at.index), (k_before.index, before_place, before_order), adder, at)
+                if before_turn != turn:
+                    t.k_ring.consumer_release(k_before)
+        k_before = barriers.at_turn(c.k_stages, before_turn)
+        self.issue_dq(t, k_before.index, barriers.before(at))
+        wgmma.wait(0)
+        t.k_ring.consumer_release(k_before)
+        adder.put(t.dQ, t.index, t.thread)
+        self.publish()
+        adder.send(before_place, before_order, t.index, t.thread)
         adder.finish()
 
     @cute.jit
-    def step(self, t: Consumer, n, m, batch, before, adder, q_at, do_at, ds_at, first: Constexpr[bool]):
+    def write(self, t: Consumer, tile, adder, outputs, softmax_scale):
+        """dK and dV of a tile, complete, on their way to memory."""
+        n, head_kv, batch = tile
+        dK, dV = outputs
+        adder.finish()
+        place = n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread
+        dV.write(t.dV, 0, *place, free=True)
+        self.scale(t.dK, softmax_scale)
+        dK.write(t.dK, 0, *place, free=self.config.outputs_abreast)
+
+    @cute.jit
+    def step(self, t: Consumer, n, m, stages, before, adder, at):
         """A tile of queries: S, P, dP, dS, dV and dK; and dQ of the tile before, as the other warpgroup's dS is there by now.
 
-        before: (m, head) of that tile.
+        stages: of K and of V. before: (stage of K, number, turn to add) of the tile before, or None where there was none.
         """
         c = self.config
-        t.q_ring.consumer_wait(q_at)
-        wgmma.issue(t.kq, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)
-        lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
+        first = before is None
+        K, V = (tile[None, None, None, stage] for tile, stage in zip((t.K, t.V), stages))
+        t.q_ring.consumer_wait(at)
+        wgmma.issue(t.kq, t.S, K, t.Q[None, None, None, at.index], accumulate=False)
+        lse = wgmma.load_by_columns(t.lse_log2[None, at.index], t.thread)
         if cutlass.const_expr(first):
             wgmma.wait(0)
         else:
-            self.issue_dq(t, barriers.before(ds_at))
+            self.issue_dq(t, before[0], barriers.before(at))
             wgmma.wait(1)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
         self.exponentials(t, lse)
         round_into(t.P, t.S)
-        t.do_ring.consumer_wait(do_at)
-        wgmma.issue(t.kq, t.dP, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
-        dO, Q = t.dO_of_dV[None, None, None, do_at.index], t.Q_of_dK[None, None, None, q_at.index]
+        t.do_ring.consumer_wait(at)
+        wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
+        dO, Q = t.dO_of_dV[None, None, None, at.index], t.Q_of_dK[None, None, None, at.index]
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=not first)
-        delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
         if cutlass.const_expr(not first):
             wgmma.wait(2)
             adder.put(t.dQ, t.index, t.thread)
             self.publish()
-            adder.send(self.turn(t, before[0], n), *before, batch, t.index, t.thread)
+            adder.send(*before[1:], t.index, t.thread)
+        delta = wgmma.load_by_columns(t.delta[None, at.index], t.thread)
         wgmma.wait(1)
         self.differentials(t, delta)
         round_into(t.dS, t.dP)
-        wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, ds_at.index], t.thread, transposed=True)
+        wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, at.index], t.thread, transposed=True)
         self.publish()
         if cute.arch.lane_idx() == 0:
-            cute.arch.mbarrier_arrive(t.ds_full + ds_at.index)
+            cute.arch.mbarrier_arrive(t.ds_full + at.index)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=not first)
         wgmma.wait(0)
-        t.do_ring.consumer_release(do_at)
-        t.q_ring.consumer_release(q_at)
-        q_at.advance()
-        do_at.advance()
-        ds_at.advance()
-        return q_at, do_at, ds_at
+        t.do_ring.consumer_release(at)
+        t.q_ring.consumer_release(at)
+        at.advance()
+        return at
 
     @cute.jit
     def scale(self, acc: cute.Tensor, factor):
@@ -446,9 +541,9 @@ class BackwardKernel:
     @cute.jit
     def differentials(self, t: Consumer, delta: cute.Tensor):
         """dP becomes dS = P ∘ (dP - delta)."""
-        dp, p = wgmma.flat(t.dP), wgmma.flat(t.P)
+        dp, p = wgmma.flat(t.dP), widened(t.P)
         for i in [*range(cute.size(dp))]:
-            dp[i] = p[i].to(Float32) * (dp[i] - delta[i % 2, i // 4])
+            dp[i] = p[i] * (dp[i] - delta[i % 2, i // 4])
 
     def publish(self):
         """What this warp has stored to shared memory may now be read by TMA and by WGMMAs."""
@@ -459,14 +554,15 @@ class BackwardKernel:
         """How many key tiles add to dQ of query tile m before tile n does, where the order is fixed."""
         c = self.config
         if not c.deterministic:
-            return None
+            return Int32(0)
         mask = RightMask(t.mask.causal, c.tile_m, c.tile_n * c.cluster, t.mask.seqlen_q, t.mask.seqlen_k)
         return mask.key_tiles(m * c.tile_m, c.tile_m)[0] - 1 - n // c.cluster
 
     @cute.jit
-    def issue_dq(self, t, ds_at):
+    def issue_dq(self, t, k_stage, ds_at):
         """dQ = dS K, or dQᵀ = Kᵀ dSᵀ, in flight, once all of dS is there."""
         cute.arch.mbarrier_wait(t.ds_full + ds_at.index, ds_at.phase)
         dS = t.dS_of_dQ[None, None, None, ds_at.index]
-        A, B = (dS, t.K_of_dQ) if self.config.dq_by_rows else (t.K_of_dQ, dS)
+        K = t.K_of_dQ[None, None, None, k_stage]
+        A, B = (dS, K) if self.config.dq_by_rows else (K, dS)
         wgmma.issue(t.dsk, t.dQ, A, B, accumulate=False)

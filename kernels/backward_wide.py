@@ -16,7 +16,8 @@ from .backward import ALL_BARRIER, ROWS, WARPGROUPS, BackwardKernel
 from .configs import WARPGROUP
 from .parts import barriers, tiles, wgmma
 from .parts.mask import RightMask
-from .parts.rounding import round_into
+from .parts.output import StagedOutput
+from .parts.rounding import round_into, widened
 
 OWN_BARRIER = ALL_BARRIER + 1  # named barrier of the second warpgroup
 
@@ -124,12 +125,22 @@ class WideBackwardKernel(BackwardKernel):
             dX=accumulator(gradient, c.head_dim),
         )
 
+    def outputs(self, stores, tensors, shared, layout):
+        """What takes dK and dV to memory: from where K and V were, which nobody needs when they are complete."""
+        memories = shared[:2]
+        return [
+            StagedOutput.in_memory(store, memory, layout, 1, 0, tensor, self.config.tile_n // ROWS, 1)
+            for store, memory, tensor in zip(stores, memories, tensors)
+        ]
+
     @cute.jit
-    def consume(self, own, exchanged, place, adder, outputs, softmax_scale):
+    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv):
         """One warpgroup: dV or dK of the CTA's keys, and half of what they add to dQ."""
         c = self.config
         t = self.consumer(*own, *exchanged)
-        n, head_kv, batch, m_first, m_stop, queries_per_kv = place
+        together, head_kv, batch = schedule.tiles.tile(schedule.first())
+        m_first, m_stop = self.query_tiles(t.mask, together)
+        n = self.own_keys(together)
         q_at, do_at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages)
         ds_at, p_at, kv_at = barriers.consuming(c.ds_buffers), barriers.consuming(1), barriers.consuming(1)
         t.k_ring.consumer_wait(kv_at)
@@ -142,7 +153,7 @@ class WideBackwardKernel(BackwardKernel):
                 self.of_values(t, n, m, q_at, do_at, ds_at)
             else:
                 self.of_keys(t, q_at, do_at, ds_at, p_at)
-            adder.add(t.dQ, self.turn(t, m, n), m, head, batch, t.rank * WARPGROUPS + t.index, t.thread)
+            adder.add(t.dQ, adder.tile(m, head, batch), self.turn(t, m, n), t.rank * WARPGROUPS + t.index, t.thread)
             q_at.advance()
             do_at.advance()
             ds_at.advance()
@@ -157,6 +168,8 @@ class WideBackwardKernel(BackwardKernel):
             self.scale(t.dX, softmax_scale)
             outputs[0].write(t.dX, 0, n, head_kv, batch, 0, t.thread)
         outputs[0].finish()
+        t.k_ring.consumer_release(kv_at)
+        t.v_ring.consumer_release(kv_at)
 
     @cute.jit
     def of_values(self, t: Consumer, n, m, q_at, do_at, ds_at):
@@ -208,9 +221,9 @@ class WideBackwardKernel(BackwardKernel):
     @cute.jit
     def differentials(self, t: Consumer, delta: cute.Tensor):
         """dP becomes dS = P ∘ (dP - delta)."""
-        dp, p = wgmma.flat(t.S), wgmma.flat(t.P)
+        dp, p = wgmma.flat(t.S), widened(t.P)
         for i in [*range(cute.size(dp))]:
-            dp[i] = p[i].to(Float32) * (dp[i] - delta[i % 2, i // 4])
+            dp[i] = p[i] * (dp[i] - delta[i % 2, i // 4])
 
     def pairs(self, t, fragment):
         """A rounded fragment as sP has it."""

@@ -344,6 +344,26 @@ class BackwardConfig:
         return 8 * self.cluster
 
     @property
+    def scheduler(self):
+        """"single", a CTA for each tile of keys (or a cluster); or "dynamic", a CTA an SM, that claims one after another (parts/schedule.py)."""
+        return "single" if self.wide else "dynamic"
+
+    @property
+    def k_stages(self):
+        """Tiles of K in flight: dQ of a tile's last queries, which needs its K, comes after the next tile's first S."""
+        return 2 if self.scheduler == "dynamic" else 1
+
+    @property
+    def v_stages(self):
+        """Tiles of V in flight."""
+        return 2 if self.head_dim == 64 else 1
+
+    @property
+    def outputs_abreast(self):
+        """Whether dK and dV find room side by side where dQ leaves from; else one after the other."""
+        return self.tile_bytes["dQ"] >= 2 * self.tile_bytes["K"]
+
+    @property
     def ds_buffers(self):
         """Places for dS in shared memory: with two, one barrier a step is enough."""
         return 1 if self.wide and self.cluster == 1 else 2
@@ -367,11 +387,12 @@ class BackwardConfig:
     def barrier_bytes(self):
         """mbarriers, full and empty, for K, V and each stage of Q and dO, and for dS and P; LSE and delta of the stages; padded."""
         stages = self.q_stages + self.do_stages
-        return -(-(8 * 2 * (2 + stages) + 8 * (self.ds_buffers + 1) + 4 * self.tile_m * stages) // 1024) * 1024
+        rings = 8 * 2 * (self.k_stages + self.v_stages + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
+        return -(-(rings + 8 * (self.ds_buffers + 1) + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        tiles = (self.q_stages + self.do_stages) * t["Q"] + 2 * t["K"] + t["other K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]
+        tiles = (self.q_stages + self.do_stages) * t["Q"] + (self.k_stages + self.v_stages) * t["K"] + t["other K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]
         return self.barrier_bytes + tiles

@@ -24,10 +24,10 @@ class DeltaKernel:
         self.config = config
 
     @cute.jit
-    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, stream: cuda.CUstream):
-        """O, dO: (seqlen_q, head_dim, heads, batch); the others as BackwardKernel has them."""
+    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, counter, stream: cuda.CUstream):
+        """O, dO: (seqlen_q, head_dim, heads, batch); counter: a number to be zeroed too, or None; the others as BackwardKernel has them."""
         tile_list = TileList.of(False, lse_log2.shape[2] // self.config.tile_m, 1, O.shape[2], O.shape[3], Int32(1))
-        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, tile_list).launch(
+        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, counter, tile_list).launch(
             grid=[tile_list.length, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
         )
 
@@ -40,6 +40,7 @@ class DeltaKernel:
         dq_accum: cute.Tensor,
         lse_log2: cute.Tensor,
         delta: cute.Tensor,
+        counter: cute.Tensor | None,
         tile_list: TileList,
     ):
         c = self.config
@@ -47,6 +48,9 @@ class DeltaKernel:
         thread = cute.arch.thread_idx()[0]
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(counter is not None):
+            if cute.arch.block_idx()[0] == 0 and thread == 0:
+                counter[0] = Int32(0)
 
         lanes = c.head_dim // VECTOR  # of a row
         rows = THREADS // lanes  # at a time

@@ -64,7 +64,8 @@ class DqKernel:
         op = wgmma.operation(self.dtype, columns, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
         shape = cute.make_tiled_mma(op).partition_shape_C((64, columns))
         acc, rounded = cute.make_rmem_tensor(shape, Float32), cute.make_rmem_tensor(shape, self.dtype)
-        tile = accumulate.tile_of(dq_accum, m, head, batch, c.tile_m * c.head_dim)
+        elements = c.tile_m * c.head_dim
+        tile = accumulate.tile_of(dq_accum, accumulate.number_of(dq_accum, elements, m, head, batch), elements)
         flat = wgmma.flat(acc)
         for turn in cutlass.range_constexpr(c.cluster):
             part = turn * WARPGROUPS + index

@@ -8,7 +8,7 @@ import fa3
 from fa3 import jit
 from fa3.attention import Launch, device_of
 from fa3.kernels.configs import BackwardConfig, ForwardConfig
-from fa3.plan import BackwardPlan, planned
+from fa3.plan import planned, planned_backward
 from fa3.problem import Problem
 from perf import peers
 
@@ -68,22 +68,22 @@ class BackwardVariant(Variant):
         q, k, v, dout = (tensor.detach() for tensor in tensors)
         out, lse = fa3.flash_attn_func(q, k, v, causal=point.causal, return_attn_probs=True)
         gradients = tuple(torch.empty_like(tensor) for tensor in (q, k, v))
-        workspace, zeroed = workspace_of(self.config, point, q.device)
+        plan = planned_backward(self.config, point, device_of(q.device))
+        workspace, zeroed = workspace_of(plan, q.device)
         scale = point.head_dim**-0.5
         kernel = jit.get(self.config)
 
         def launch():
             for tensor in zeroed:
                 tensor.zero_()
-            kernel(q, k, v, out, dout, lse, *gradients, *workspace, scale)
+            kernel(q, k, v, out, dout, lse, *gradients, *workspace, scale, plan.ctas)
             return gradients
 
         return launch
 
 
-def workspace_of(config, point, device):
+def workspace_of(plan, device):
     """The workspace of a backward kernel in the order of its arguments, and those tensors that every launch wants zeroed."""
-    plan = BackwardPlan(config, point.batch, point.heads, -(-point.seqlen_q // config.tile_m))
     workspace, zeroed = [], []
     for needed in plan.workspace.values():
         if needed is None:

@@ -23,9 +23,14 @@ def by_vectors(pointer, warp, size):
     return cute.make_tensor(pointer + warp * (WARP * size), layout)
 
 
-def tile_of(sums, m, head, batch, elements):
-    """A pointer to tile m of a head. sums: (batch, heads, elements of all tiles)."""
-    return sums[batch, head, None].iterator + Int64(m) * elements
+def number_of(sums, elements, m, head, batch):
+    """Of tile m of a head among those of all heads of all batches, which lie in that order, so many elements each."""
+    return (batch * sums.shape[1] + head) * (sums.shape[2] // elements) + m
+
+
+def tile_of(sums, number, elements):
+    """A pointer to a tile."""
+    return sums.iterator + Int64(number) * elements
 
 
 @dataclass(frozen=True)
@@ -53,32 +58,32 @@ class Adder:
         cute.autovec_copy(cute.make_tensor(acc.iterator, own.shape), own)
 
     @cute.jit
-    def send(self, turn, m, head, batch, index, thread):
-        """Starts the addition of what was put to tile m of a head. A fence, and all lanes, must have come between.
+    def send(self, tile, turn, index, thread):
+        """Starts the addition of what was put to a tile. A fence, and all lanes, must have come between.
 
         turn: how many others add to the tile before, where they do so in order.
         """
         warp, own = self.warp(index, thread), self.own(index, thread)  # by shuffles, in which all lanes must take part
         if cute.arch.lane_idx() == 0:
             if cutlass.const_expr(self.turns is not None):
-                counter = self.turns[batch, head, None].iterator.toint() + Int64(m * self.warps + warp) * 4
+                counter = self.counter(tile, warp)
                 await_count(counter, turn)
                 self.pending[0] = counter
-            target = by_vectors(tile_of(self.sums, m, head, batch, self.elements), warp, self.size)
+            target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)
             add_bulk(target.iterator, own.iterator, WARP * self.size)
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def add(self, acc: cute.Tensor, turn, m, head, batch, index, thread):
-        """The accumulator straight from registers to tile m of a head. turn: as in `send`."""
+    def add(self, acc: cute.Tensor, tile, turn, index, thread):
+        """The accumulator straight from registers to a tile. turn: as in `send`."""
         warp, lane = self.warp(index, thread), thread % WARP
         counter = Int64(0)
         if cutlass.const_expr(self.turns is not None):
-            counter = self.turns[batch, head, None].iterator.toint() + Int64(m * self.warps + warp) * 4
+            counter = self.counter(tile, warp)
             if lane == 0:
                 await_count(counter, turn)
             cute.arch.sync_warp()
-        target = by_vectors(tile_of(self.sums, m, head, batch, self.elements), warp, self.size)[None, None, lane]
+        target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)[None, None, lane]
         for j in cutlass.range_constexpr(self.size // VECTOR):
             add_vector(target[None, j].iterator, [wgmma.flat(acc)[VECTOR * j + i] for i in range(VECTOR)])
         if cutlass.const_expr(self.turns is not None):
@@ -98,6 +103,14 @@ class Adder:
                 count_up(self.pending[0])
             self.pending[0] = Int64(0)
         cute.arch.sync_warp()
+
+    def tile(self, m, head, batch):
+        """The number that `send` and `add` know tile m of a head by."""
+        return number_of(self.sums, self.elements, m, head, batch)
+
+    def counter(self, tile, warp):
+        """Address of the count of a warp's part of a tile."""
+        return self.turns.iterator.toint() + (Int64(tile) * self.warps + warp) * 4
 
     def own(self, index, thread):
         """A warp's shared memory, as by_vectors has it."""

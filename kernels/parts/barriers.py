@@ -47,6 +47,11 @@ def consuming(stages, first=0):
     return pipeline.PipelineState(stages, Int32(0), Int32(first), Int32(0))
 
 
+def at_turn(stages, turn):
+    """A consumer's place in a ring of so many stages after so many."""
+    return pipeline.PipelineState(stages, Int32(0), turn % stages, turn // stages % 2)
+
+
 def filling(at, offset=0):
     """The producer's view of a consumer's place, or of the one so many stages later (or earlier) in the same round."""
     return pipeline.PipelineState(at.stages, at.count, at.index + offset, at.phase ^ 1)

@@ -34,10 +34,10 @@ class StagedOutput:
         return cls(atom, cute.make_tensor(memory.iterator, staged), O, warpgroups, buffers)
 
     @cute.jit
-    def write(self, acc: cute.Tensor, stage, block, head, batch, index, thread):
+    def write(self, acc: cute.Tensor, stage, block, head, batch, index, thread, free: Constexpr[bool] = False):
         """acc: the fragment of O, 64 rows, number `block` of the head. stage: the one to use.
 
-        index: which of the CTA's warpgroups this is.
+        index: which of the CTA's warpgroups this is. free: whether the stage is known to be, so that nothing need be waited for.
         """
         shared = self.stages[None, None, None, stage]
         columns = cute.size(shared, mode=[1])
@@ -47,7 +47,8 @@ class StagedOutput:
         warp = cute.arch.make_warp_uniform(thread // WARP)
         for part in cutlass.range_constexpr(parts):
             buffer = part % self.buffers
-            self.finish(0 if part == 0 else self.buffers - 1)
+            if cutlass.const_expr(part > 0 or not free):
+                self.finish(0 if part == 0 else self.buffers - 1)
             rows = cute.local_tile(by_row, (WARPS * WARP_ROWS, columns), (index + buffer * self.warpgroups, 0))
             wgmma.store_accumulator(op, wgmma.columns(acc, part, parts), rows, thread)
             cute.arch.fence_view_async_shared()

@@ -73,9 +73,10 @@ class Schedule:
     ring: pipeline.PipelineAsync | None
     slots: cute.Tensor | None
     counter: cute.Tensor | None
+    cluster: Constexpr[int] = 1  # CTAs that have a tile together ("single" only)
 
     def first(self):
-        return cute.arch.block_idx()[0]
+        return cute.arch.block_idx()[0] // self.cluster if self.cluster > 1 else cute.arch.block_idx()[0]
 
     @cute.jit
     def following(self, position):
