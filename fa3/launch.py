@@ -54,14 +54,14 @@ class BackwardLaunch:
         self.kernel = jit.get(plan.config)
         self.q_factor, self.scale = positive(problem.softmax_scale)
         self.workspace = plan.workspace.values()
-        self.ctas = plan.ctas
+        self.sms = plan.sms
 
     def __call__(self, dout, q, k, v, out, lse, dq, dk, dv):
         if self.q_factor is not None:
             q = q * self.q_factor
         q, k, v, out, dout = map(readable, (q, k, v, out, dout))
         workspace = [None if needed is None else allocated(*needed, q.device) for needed in self.workspace]
-        self.kernel(q, k, v, out, dout, lse.contiguous(), dq, dk, dv, *workspace, self.scale, self.ctas)
+        self.kernel(q, k, v, out, dout, lse.contiguous(), dq, dk, dv, *workspace, self.scale, self.sms)
         if self.q_factor is not None:
             dq.mul_(self.q_factor)
 

@@ -152,13 +152,13 @@ BACKWARD = {
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """A backward call's config, its workspace, and how many CTAs claim tiles of keys (of no meaning where each has but one)."""
+    """A backward call's config, its workspace, and the launch argument that is no tensor."""
 
     config: BackwardConfig
     batch: int
     heads: int
     query_tiles: int
-    ctas: int
+    sms: int
 
     @property
     def rows(self):
@@ -196,8 +196,7 @@ def planned_backward(config, problem, device):
     most = (2**31 - 1) // (config.tile_m * config.head_dim)  # tiles: 32 bits count the numbers of a head's fp32 sum of dQ
     if query_tiles > most:
         raise ValueError(f"q has {problem.seqlen_q} rows; the backward takes at most {most * config.tile_m} at head_dim {config.head_dim}")
-    ctas = min(device.sms, key_tiles * problem.heads_kv * problem.batch)
-    return BackwardPlan(config, problem.batch, problem.heads, query_tiles, ctas)
+    return BackwardPlan(config, problem.batch, problem.heads, query_tiles, device.sms)
 
 
 def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:

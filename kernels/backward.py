@@ -24,7 +24,7 @@ from .dq import DqKernel
 from .parts import accumulate, barriers, tiles, wgmma
 from .parts.barriers import WARP
 from .parts.mask import RightMask
-from .parts.output import WARP_ROWS, WARPS, StagedOutput
+from .parts.output import WARPS, DirectOutput
 from .parts.rounding import DTYPES, round_into, widened
 from .parts.schedule import Schedule, TileList
 from .parts.softmax import LOG2_E, exp2
@@ -96,7 +96,7 @@ class BackwardKernel:
         delta: cute.Tensor,  # (batch, heads, rows) fp32
         semaphore: cute.Tensor | None,  # (batch, heads, query tiles · dq_warps) int32, zeros: deterministic only
         softmax_scale: Float32,
-        ctas: Int32,  # to start where they claim tiles
+        sms: Int32,  # of the GPU: as many CTAs, where they claim one tile of keys after another
         stream: cuda.CUstream,
     ):
         c = self.config
@@ -118,23 +118,22 @@ class BackwardKernel:
         plain_K = K
         load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
         load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
-        out_layout = tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS * (1 + c.outputs_abreast))
         load_other_k, other_K = (load_k, K)
         if cutlass.const_expr(c.cluster == 2):
             half_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim // 2, 1)
             load_other_k, other_K = tiles.tma_load(plain_K, half_layout, c.tile_n, c.head_dim // 2)
-        store_dk, mdK = tiles.tma_store(dK, out_layout, WARP_ROWS, c.head_dim)
-        store_dv, mdV = tiles.tma_store(dV, out_layout, WARP_ROWS, c.head_dim)
+        stores, mdK, mdV = self.ways_out(dK, dV)
         key_tiles = cute.ceil_div(K.shape[0], c.tile_n * c.cluster)
         tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(1))
-        copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
+        copies = load_q, load_do, load_k, load_v, load_other_k, *stores
         tensors = Q, dO, K, V, other_K, mdK, mdV
-        layouts = q_layout, do_layout, k_layout, v_layout, ds_layout, out_layout
+        layouts = q_layout, do_layout, k_layout, v_layout, ds_layout
         queries_per_kv = Q.shape[2] // K.shape[2]
+        scales = softmax_scale, softmax_scale * Float32(LOG2_E)
         self.kernel(
-            copies, tensors, lse_log2, delta, dq_accum, semaphore, softmax_scale, tile_list, counter, queries_per_kv, layouts
+            copies, tensors, lse_log2, delta, dq_accum, semaphore, scales, tile_list, counter, queries_per_kv, layouts
         ).launch(
-            grid=[tile_list.length * c.cluster if c.scheduler == "single" else ctas, 1, 1],
+            grid=[tile_list.length * c.cluster if c.scheduler == "single" else min(tile_list.length, sms), 1, 1],
             block=[c.threads, 1, 1],
             cluster=[c.cluster, 1, 1] if c.cluster > 1 else None,
             smem=c.shared_memory,
@@ -171,17 +170,17 @@ class BackwardKernel:
     @cute.kernel
     def kernel(
         self,
-        copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V, columns of other keys; store dK, dV
+        copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V, columns of other keys; at head_dim 256, store dK, dV
         tensors: tuple[cute.Tensor, ...],  # the same, as TMA sees them
         lse_log2: cute.Tensor,
         delta: cute.Tensor,
         dq_accum: cute.Tensor,
         semaphore: cute.Tensor | None,
-        softmax_scale: Float32,
+        scales: tuple[Float32, Float32],  # of the scores, and log2(e) times that
         tile_list: TileList,
         counter: cute.Tensor | None,
         queries_per_kv: Int32,
-        layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K, V, dS, dK and dV
+        layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K, V, dS
     ):
         c = self.config
         thread = cute.arch.thread_idx()[0]
@@ -197,10 +196,11 @@ class BackwardKernel:
         slots = smem.allocate_tensor(Int32, cute.make_layout((4, SCHEDULE_STAGES)), byte_alignment=16)
         ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers)
         p_full = smem.allocate_array(cutlass.Int64, 1)
+        near_end = smem.allocate_array(cutlass.Int64, 1)
+        s_notes = smem.allocate_tensor(Int32, cute.make_layout((2, WARPGROUPS * WARPS)))
         s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.q_stages)), byte_alignment=16)
         s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
-        *in_stages, out_layout = layouts
-        shared = [self.allocate(smem, layout) for layout in in_stages]
+        shared = [self.allocate(smem, layout) for layout in layouts]
         sQ, sdO, sK, sV, sdS = shared
         sdQ, sP, s_other_k = None, None, None
         if cutlass.const_expr(c.tile_bytes["dQ"] > 0):
@@ -219,12 +219,13 @@ class BackwardKernel:
         v_ring = barriers.tma_ring(v_barriers, c.v_stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
-            schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, consumer_warps + 2)  # and K's and V's
+            schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, consumer_warps + 3)  # and the loading ones
         if warp_index == 0:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
             if cute.arch.lane_idx() == 0:
                 cute.arch.mbarrier_init(p_full, WARPS)
+                cute.arch.mbarrier_init(near_end, 1)
                 for i in cutlass.range_constexpr(c.ds_buffers):
                     cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
         cute.arch.mbarrier_init_fence()
@@ -238,35 +239,32 @@ class BackwardKernel:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
                 rings, rows = (q_ring, do_ring), ((lse_log2, delta), (s_lse, s_delta))
-                self.produce_queries(schedule, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
+                self.produce_queries(schedule, near_end, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
             elif warp_index == 1:
                 self.produce_keys(schedule, k_ring, c.k_stages, (copies[2], copies[4]), (K, other_K), (sK, s_other_k))
             elif warp_index == 2:
                 self.produce_keys(schedule, v_ring, c.v_stages, (copies[3], None), (V, None), (sV, None))
+            elif cutlass.const_expr(c.scheduler == "dynamic"):
+                self.claim(schedule, near_end)
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
-            outputs = self.outputs(copies[5:], (mdK, mdV), (sK, sV, sdQ), out_layout)
-            adder = accumulate.Adder.start(dq_accum, sdQ, semaphore, c.tile_m * c.head_dim, c.accumulator_size)
-            own = warpgroup_index - 1, thread % WARPGROUP, mask, softmax_scale * Float32(LOG2_E)
+            outputs = self.outputs(copies[5:], (mdK, mdV), (sK, sV))
+            notes = s_notes if cutlass.const_expr(c.deterministic) else None
+            adder = accumulate.Adder(dq_accum, sdQ, semaphore, notes, c.tile_m * c.head_dim, c.accumulator_size)
+            own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
             rings = q_ring, do_ring, k_ring, v_ring
             exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
-            self.consume(own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv)
+            self.consume(own, exchanged, schedule, adder, outputs, scales[0], queries_per_kv)
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
 
-    def outputs(self, stores, tensors, shared, layout):
-        """What takes dK and dV to memory: where dQ leaves from, each warp through its own part of that, side by side or one after the other."""
-        c = self.config
-        _, _, sdQ = shared
-        place = WARP_ROWS * c.head_dim
-        abreast = 1 + c.outputs_abreast
-        shape, stride = layout.outer.shape[:2], layout.outer.stride[:2]
-        by_warp = cute.make_layout((*shape, c.tile_n // WARP_ROWS, 1), stride=(*stride, place * abreast, 0))
-        memory = cute.recast_ptr(sdQ.iterator, layout.inner, dtype=self.dtype)
-        return [
-            StagedOutput(store, cute.make_tensor(memory + i * (abreast - 1) * place, by_warp), tensor, WARPGROUPS, 1)
-            for i, (store, tensor) in enumerate(zip(stores, tensors))
-        ]
+    def ways_out(self, dK, dV):
+        """(TMA's copies, dK, dV as those see them): none, as they leave from registers."""
+        return (), dK, dV
+
+    def outputs(self, stores, tensors, shared):
+        """What takes dK and dV to memory."""
+        return [DirectOutput(tensor) for tensor in tensors]
 
     def query_tiles(self, mask, together):
         """(first, stop): the tiles of queries that see a key of a CTA's, or of a cluster's."""
@@ -291,49 +289,54 @@ class BackwardKernel:
         return smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
 
     @cute.jit
-    def produce_queries(self, schedule, mask, rings, copies, tensors, shared, rows, queries_per_kv):
+    def produce_queries(self, schedule, near_end, mask, rings, copies, tensors, shared, rows, queries_per_kv):
         """One warp: for each tile of keys Q with its LSE, and dO with its delta, of every tile of queries of every head of the group.
 
-        Towards a tile's end, but not before, it claims the CTA's next one.
+        Towards a tile's end, but not before, it has the next one claimed.
         """
         c = self.config
         (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO) = rings, copies, tensors, shared
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
-        s_at = barriers.producing(SCHEDULE_STAGES)
-        position, ticket = schedule.first(), Int32(0)
+        s_at = barriers.consuming(SCHEDULE_STAGES)
+        position = schedule.first()
         together, head_kv, batch = schedule.tiles.tile(position)
-        cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, and dQ's zeros
+        cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, dQ's zeros, and the counter's
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, together)
-            first_head, of_batch = head_kv * queries_per_kv, batch
             to_come = max(m_stop - m_first, 0) * queries_per_kv
-            following = schedule.tiles.length
-            if to_come == 0:
-                following, (together, head_kv, batch) = schedule.claimed(schedule.claim(), position)
-                s_at = schedule.tell(following, (together, head_kv, batch), s_at)
-            near_end = min(to_come, CLAIM_AHEAD)
+            claim_at = min(to_come, CLAIM_AHEAD)
             for h in cutlass.range(queries_per_kv, unroll=1):
-                q = TmaSource.of_head(q_ring, load_q, Q, sQ, first_head + h, of_batch)
-                do = TmaSource.of_head(do_ring, load_do, dO, sdO, first_head + h, of_batch)
-                q_row, do_row = (RowSource.of_head(row, s_row, first_head + h, of_batch) for row, s_row in zip(*rows))
+                head = head_kv * queries_per_kv + h
+                q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
+                do = TmaSource.of_head(do_ring, load_do, dO, sdO, head, batch)
+                q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(*rows))
                 for m in cutlass.range(m_first, m_stop, unroll=1):
-                    if to_come == near_end:
-                        ticket = schedule.claim()
+                    if cutlass.const_expr(c.scheduler == "dynamic"):
+                        if to_come == claim_at and cute.arch.lane_idx() == 0:
+                            cute.arch.mbarrier_arrive(near_end)
                     q_at = q.bring(m, q_at, q_row)
                     do_at = do.bring(m, do_at, do_row)
-                    if to_come == near_end:
-                        following, (together, head_kv, batch) = schedule.claimed(ticket, position)
-                        s_at = schedule.tell(following, (together, head_kv, batch), s_at)
                     to_come -= 1
-            position = following
+            position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
         q_ring.producer_tail(q_at)
         do_ring.producer_tail(do_at)
-        if cutlass.const_expr(c.scheduler == "dynamic"):
-            schedule.ring.producer_tail(s_at)
+
+    @cute.jit
+    def claim(self, schedule, near_end):
+        """One warp: claims the CTA's next tile when told, and tells the others."""
+        position, phase = schedule.first(), Int32(0)
+        s_at = barriers.producing(SCHEDULE_STAGES)
+        while position < schedule.tiles.length:
+            cute.arch.mbarrier_wait(near_end, phase)
+            position, place = schedule.claimed(schedule.claim(), position)
+            s_at = schedule.tell(position, place, s_at)
+            phase ^= 1
+        schedule.ring.producer_tail(s_at)
 
     @cute.jit
     def produce_keys(self, schedule, ring, stages: Constexpr[int], copies, tensors, shared):
         """One warp: K of each tile, or V. With K, in a cluster, this CTA's half of head_dim of the other CTA's keys."""
+        c = self.config
         at = barriers.producing(stages)
         s_at = barriers.consuming(SCHEDULE_STAGES)
         position = schedule.first()
@@ -346,6 +349,9 @@ class BackwardKernel:
                 sides = tiles.partition(copies[1], shared[1], tensors[1], head_kv, batch, n % 2)
                 cute.copy(copies[1], sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=ring.producer_get_barrier(before))
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
+            if cutlass.const_expr(c.scheduler == "dynamic" and stages == 1):
+                if position < schedule.tiles.length:  # its stage is busy till the tile's end
+                    TmaSource.of_head(ring, copies[0], tensors[0], shared[0], head_kv, batch).prefetch(self.own_keys(together))
         ring.producer_tail(at)
 
     def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
@@ -423,41 +429,40 @@ class BackwardKernel:
         position = schedule.first()
         n, head_kv, batch = schedule.tiles.tile(position)
         m, m_stop = self.query_tiles(t.mask, n)
-        left = (m_stop - m) * queries_per_kv
+        heads_left = queries_per_kv
         place = adder.tile(m, head_kv * queries_per_kv, batch)
         k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
         t.k_ring.consumer_wait(k_at)
-        t.v_ring.consumer_wait(v_at)
-        before_place, before_turn, before_order = place, turn, self.turn(t, m, n)
-        at = self.step(t, n, m, (k_at.index, v_at.index), None, adder, at)
-        going = left > 0
+        before_place, before_turn = place, turn
+        adder.start(t.index, t.thread)
+        at = self.step(t, n, m, k_at.index, v_at, None, adder, at)
+        going = heads_left > 0
         while going:
-            before_place, before_turn, before_order = place, turn, self.turn(t, m, n)
-            left -= 1
-            if left == 0:
-                t.v_ring.consumer_release(barriers.at_turn(c.v_stages, turn))
-                self.write(t, schedule.tiles.tile(position), adder, outputs, softmax_scale)
-                position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
-                going = position < schedule.tiles.length
-                turn += 1
+            before_place, before_turn = place, turn
+            adder.note(self.turn(t, m, n), t.index, t.thread)
+            m += 1
+            place += 1
+            if m == m_stop:
+                heads_left -= 1
                 m, _ = self.query_tiles(t.mask, n)
-                left = (m_stop - m) * queries_per_kv
-                place = adder.tile(m, head_kv * queries_per_kv, batch)
-                t.dK.fill(0.0)
-                t.dV.fill(0.0)
-                if going:
-                    t.k_ring.consumer_wait(barriers.at_turn(c.k_stages, turn))
-                    t.v_ring.consumer_wait(barriers.at_turn(c.v_stages, turn))
-            else:
-                m += 1
-                place += 1
-                if m == m_stop:
+                place += m
+                if heads_left == 0:
+                    t.v_ring.consumer_release(barriers.at_turn(c.v_stages, turn))
+                    self.write(t, schedule.tiles.tile(position), outputs, softmax_scale)
+                    position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
+                    going = position < schedule.tiles.length
+                    turn += 1
                     m, _ = self.query_tiles(t.mask, n)
-                    place += m
+                    heads_left = queries_per_kv
+                    place = adder.tile(m, head_kv * queries_per_kv, batch)
+                    t.dK.fill(0.0)
+                    t.dV.fill(0.0)
+                    if going:
+                        t.k_ring.consumer_wait(barriers.at_turn(c.k_stages, turn))
             if going:
                 k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
                 k_before = barriers.at_turn(c.k_stages, before_turn)
-                at = self.step(t, n, m, (k_at.index, v_at.index), (k_before.index, before_place, before_order), adder, at)
+                at = self.step(t, n, m, k_at.index, v_at, (k_before.index, before_place), adder, at)
                 if before_turn != turn:
                     t.k_ring.consumer_release(k_before)
         k_before = barriers.at_turn(c.k_stages, before_turn)
@@ -466,29 +471,27 @@ class BackwardKernel:
         t.k_ring.consumer_release(k_before)
         adder.put(t.dQ, t.index, t.thread)
         self.publish()
-        adder.send(before_place, before_order, t.index, t.thread)
-        adder.finish()
+        adder.send(before_place, t.index, t.thread)
+        adder.finish(t.index, t.thread)
 
     @cute.jit
-    def write(self, t: Consumer, tile, adder, outputs, softmax_scale):
+    def write(self, t: Consumer, tile, outputs, softmax_scale):
         """dK and dV of a tile, complete, on their way to memory."""
         n, head_kv, batch = tile
         dK, dV = outputs
-        adder.finish()
-        place = n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread
-        dV.write(t.dV, 0, *place, free=True)
+        dV.write(t.dV, n * WARPGROUPS + t.index, head_kv, batch, t.thread)
         self.scale(t.dK, softmax_scale)
-        dK.write(t.dK, 0, *place, free=self.config.outputs_abreast)
+        dK.write(t.dK, n * WARPGROUPS + t.index, head_kv, batch, t.thread)
 
     @cute.jit
-    def step(self, t: Consumer, n, m, stages, before, adder, at):
+    def step(self, t: Consumer, n, m, k_stage, v_at, before, adder, at):
         """A tile of queries: S, P, dP, dS, dV and dK; and dQ of the tile before, as the other warpgroup's dS is there by now.
 
-        stages: of K and of V. before: (stage of K, number, turn to add) of the tile before, or None where there was none.
+        before: (stage of K, number) of the tile before, or None where there was none.
         """
         c = self.config
         first = before is None
-        K, V = (tile[None, None, None, stage] for tile, stage in zip((t.K, t.V), stages))
+        K, V = t.K[None, None, None, k_stage], t.V[None, None, None, v_at.index]
         t.q_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.S, K, t.Q[None, None, None, at.index], accumulate=False)
         lse = wgmma.load_by_columns(t.lse_log2[None, at.index], t.thread)
@@ -501,6 +504,7 @@ class BackwardKernel:
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
         self.exponentials(t, lse)
         round_into(t.P, t.S)
+        t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
         dO, Q = t.dO_of_dV[None, None, None, at.index], t.Q_of_dK[None, None, None, at.index]
@@ -509,7 +513,7 @@ class BackwardKernel:
             wgmma.wait(2)
             adder.put(t.dQ, t.index, t.thread)
             self.publish()
-            adder.send(*before[1:], t.index, t.thread)
+            adder.send(before[1], t.index, t.thread)
         delta = wgmma.load_by_columns(t.delta[None, at.index], t.thread)
         wgmma.wait(1)
         self.differentials(t, delta)

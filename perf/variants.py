@@ -76,7 +76,7 @@ class BackwardVariant(Variant):
         def launch():
             for tensor in zeroed:
                 tensor.zero_()
-            kernel(q, k, v, out, dout, lse, *gradients, *workspace, scale, plan.ctas)
+            kernel(q, k, v, out, dout, lse, *gradients, *workspace, scale, plan.sms)
             return gradients
 
         return launch

@@ -30,7 +30,7 @@ def number_of(sums, elements, m, head, batch):
 
 def tile_of(sums, number, elements):
     """A pointer to a tile."""
-    return sums.iterator + Int64(number) * elements
+    return (sums.iterator + Int64(number) * elements).align(16)
 
 
 @dataclass(frozen=True)
@@ -40,46 +40,53 @@ class Adder:
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
     shared: cute.Tensor | None  # (elements of a tile); None where there is no room, for `add`
     turns: cute.Tensor | None  # (batch, heads, tiles · warps of one) int32 zeros: how many have added, if they do so in order
-    pending: cute.Tensor  # the counter's address, where a warp's addition is yet to be counted; else 0
+    notes: cute.Tensor | None  # (2, warps of this CTA) shared memory, for those that add in order: each one's next turn; and the counter it has yet to count up, or -1
     elements: Constexpr[int]  # of a tile
     size: Constexpr[int]  # of a thread's accumulator
 
-    @classmethod
-    def start(cls, sums, shared, turns, elements, size):
-        pending = cute.make_rmem_tensor(1, Int64)
-        pending.fill(0)
-        return cls(sums, shared, turns, pending, elements, size)
+    @cute.jit
+    def start(self, index, thread):
+        """Each warp, before anything else."""
+        warp = self.warp(index, thread)
+        if cutlass.const_expr(self.notes is not None):
+            if cute.arch.lane_idx() == 0:
+                self.notes[1, warp] = Int32(-1)
+
+    @cute.jit
+    def note(self, turn, index, thread):
+        """When the next `send` may add: once so many others have added to that tile. Kept in shared memory, as registers are few."""
+        warp = self.warp(index, thread)
+        if cutlass.const_expr(self.notes is not None):
+            if cute.arch.lane_idx() == 0:
+                self.notes[0, warp] = turn
 
     @cute.jit
     def put(self, acc: cute.Tensor, index, thread):
         """The accumulator of warpgroup `index` into shared memory, which `send` takes it from, once it is fenced."""
-        self.finish()
+        self.finish(index, thread)
         own = self.own(index, thread)[None, None, thread % WARP]
         cute.autovec_copy(cute.make_tensor(acc.iterator, own.shape), own)
 
     @cute.jit
-    def send(self, tile, turn, index, thread):
-        """Starts the addition of what was put to a tile. A fence, and all lanes, must have come between.
-
-        turn: how many others add to the tile before, where they do so in order.
-        """
+    def send(self, tile, index, thread):
+        """Starts the addition of what was put to a tile. A fence, and all lanes, must have come between."""
         warp, own = self.warp(index, thread), self.own(index, thread)  # by shuffles, in which all lanes must take part
         if cute.arch.lane_idx() == 0:
             if cutlass.const_expr(self.turns is not None):
-                counter = self.counter(tile, warp)
-                await_count(counter, turn)
-                self.pending[0] = counter
+                number = tile * self.warps + warp
+                await_count(self.counter(number), self.notes[0, warp])
+                self.notes[1, warp] = number
             target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)
             add_bulk(target.iterator, own.iterator, WARP * self.size)
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def add(self, acc: cute.Tensor, tile, turn, index, thread):
-        """The accumulator straight from registers to a tile. turn: as in `send`."""
+        """The accumulator straight from registers to a tile. turn: how many others add to it before, where they do so in order."""
         warp, lane = self.warp(index, thread), thread % WARP
         counter = Int64(0)
         if cutlass.const_expr(self.turns is not None):
-            counter = self.counter(tile, warp)
+            counter = self.counter(tile * self.warps + warp)
             if lane == 0:
                 await_count(counter, turn)
             cute.arch.sync_warp()
@@ -93,24 +100,27 @@ class Adder:
                 count_up(counter)
 
     @cute.jit
-    def finish(self):
+    def finish(self, index, thread):
         """Waits until the shared memory that this warp adds from is free again; where they add in order, until it has been added."""
         if cutlass.const_expr(self.turns is None):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         else:
-            cute.arch.cp_async_bulk_wait_group(0)
-            if self.pending[0] != 0:
-                count_up(self.pending[0])
-            self.pending[0] = Int64(0)
+            warp = self.warp(index, thread)
+            if cute.arch.lane_idx() == 0:
+                cute.arch.cp_async_bulk_wait_group(0)
+                number = self.notes[1, warp]
+                if number >= 0:
+                    count_up(self.counter(number))
+                self.notes[1, warp] = Int32(-1)
         cute.arch.sync_warp()
 
     def tile(self, m, head, batch):
         """The number that `send` and `add` know tile m of a head by."""
         return number_of(self.sums, self.elements, m, head, batch)
 
-    def counter(self, tile, warp):
-        """Address of the count of a warp's part of a tile."""
-        return self.turns.iterator.toint() + (Int64(tile) * self.warps + warp) * 4
+    def counter(self, number):
+        """Address of the count of a warp's part of a tile; those are counted through all tiles."""
+        return self.turns.iterator.toint() + Int64(number) * 4
 
     def own(self, index, thread):
         """A warp's shared memory, as by_vectors has it."""
