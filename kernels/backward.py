@@ -24,7 +24,7 @@ from .dq import DqKernel
 from .parts import accumulate, barriers, tiles, wgmma
 from .parts.barriers import WARP
 from .parts.mask import RightMask
-from .parts.output import WARPS, DirectOutput
+from .parts.output import WARP_ROWS, WARPS, StagedOutput
 from .parts.rounding import DTYPES, round_into, widened
 from .parts.schedule import Schedule, TileList
 from .parts.softmax import LOG2_E, exp2
@@ -104,36 +104,35 @@ class BackwardKernel:
         Q, K, V, O, dO, dQ, dK, dV = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=by_head)) for t in (Q, K, V, O, dO, dQ, dK, dV)
         )
-        # of tiles claimed, where dQ will be: nobody writes that before DqKernel
-        counter = cute.make_tensor(cute.recast_ptr(dQ.iterator, dtype=Int32), 1) if c.scheduler == "dynamic" else None
-        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, counter, stream)
-
         q_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.q_stages)
         do_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.do_stages)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.k_stages)
         v_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.v_stages)
         ds_layout = tiles.smem_layout(self.dtype, c.tile_m, c.tile_n * c.cluster, c.ds_buffers)
-        load_q, Q = tiles.tma_load(Q, q_layout, c.tile_m, c.head_dim)
-        load_do, dO = tiles.tma_load(dO, do_layout, c.tile_m, c.head_dim)
-        plain_K = K
-        load_k, K = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
-        load_v, V = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
-        load_other_k, other_K = (load_k, K)
+        load_q, mQ = tiles.tma_load(Q, q_layout, c.tile_m, c.head_dim)
+        load_do, mdO = tiles.tma_load(dO, do_layout, c.tile_m, c.head_dim)
+        load_k, mK = tiles.tma_load(K, k_layout, c.tile_n, c.head_dim)
+        load_v, mV = tiles.tma_load(V, v_layout, c.tile_n, c.head_dim)
+        load_other_k, other_K = (load_k, mK)
         if cutlass.const_expr(c.cluster == 2):
             half_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim // 2, 1)
-            load_other_k, other_K = tiles.tma_load(plain_K, half_layout, c.tile_n, c.head_dim // 2)
-        stores, mdK, mdV = self.ways_out(dK, dV)
+            load_other_k, other_K = tiles.tma_load(K, half_layout, c.tile_n, c.head_dim // 2)
+        (store_dk, mdK), (store_dv, mdV) = (tiles.tma_store(x, self.out_layout(), WARP_ROWS, c.head_dim) for x in (dK, dV))
         key_tiles = cute.ceil_div(K.shape[0], c.tile_n * c.cluster)
         tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(1))
-        copies = load_q, load_do, load_k, load_v, load_other_k, *stores
-        tensors = Q, dO, K, V, other_K, mdK, mdV
-        layouts = q_layout, do_layout, k_layout, v_layout, ds_layout
+        ctas = tile_list.length if c.scheduler == "single" else min(tile_list.length, sms)
         queries_per_kv = Q.shape[2] // K.shape[2]
+        ahead = cute.ceil_div(ctas, key_tiles)  # K/V heads: those whose queries DeltaKernel makes zeros for
+        counts = accumulate.counts_of(dQ)
+        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, counts, ahead, queries_per_kv, stream)
+        copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
+        tensors = mQ, mdO, mK, mV, other_K, mdK, mdV
+        layouts = q_layout, do_layout, k_layout, v_layout, ds_layout
         scales = softmax_scale, softmax_scale * Float32(LOG2_E)
         self.kernel(
-            copies, tensors, lse_log2, delta, dq_accum, semaphore, scales, tile_list, counter, queries_per_kv, layouts
+            copies, tensors, lse_log2, delta, dq_accum, semaphore, scales, tile_list, counts, ahead, queries_per_kv, layouts
         ).launch(
-            grid=[tile_list.length * c.cluster if c.scheduler == "single" else min(tile_list.length, sms), 1, 1],
+            grid=[ctas * c.cluster, 1, 1],
             block=[c.threads, 1, 1],
             cluster=[c.cluster, 1, 1] if c.cluster > 1 else None,
             smem=c.shared_memory,
@@ -170,7 +169,7 @@ class BackwardKernel:
     @cute.kernel
     def kernel(
         self,
-        copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V, columns of other keys; at head_dim 256, store dK, dV
+        copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V, columns of other keys; store dK, dV
         tensors: tuple[cute.Tensor, ...],  # the same, as TMA sees them
         lse_log2: cute.Tensor,
         delta: cute.Tensor,
@@ -178,7 +177,8 @@ class BackwardKernel:
         semaphore: cute.Tensor | None,
         scales: tuple[Float32, Float32],  # of the scores, and log2(e) times that
         tile_list: TileList,
-        counter: cute.Tensor | None,
+        counts: cute.Tensor,
+        ahead: Int32,
         queries_per_kv: Int32,
         layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K, V, dS
     ):
@@ -197,6 +197,7 @@ class BackwardKernel:
         ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers)
         p_full = smem.allocate_array(cutlass.Int64, 1)
         near_end = smem.allocate_array(cutlass.Int64, 1)
+        page = smem.allocate_tensor(Float32, cute.make_layout(accumulate.PAGE), byte_alignment=16)
         s_notes = smem.allocate_tensor(Int32, cute.make_layout((2, WARPGROUPS * WARPS)))
         s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.q_stages)), byte_alignment=16)
         s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
@@ -234,7 +235,8 @@ class BackwardKernel:
 
         Q, dO, K, V, other_K, mdK, mdV = tensors
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
-        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, counter, c.cluster)
+        claims = cute.make_tensor(accumulate.count(counts, 0, 0) + 1, 1)
+        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
@@ -245,10 +247,11 @@ class BackwardKernel:
             elif warp_index == 2:
                 self.produce_keys(schedule, v_ring, c.v_stages, (copies[3], None), (V, None), (sV, None))
             elif cutlass.const_expr(c.scheduler == "dynamic"):
-                self.claim(schedule, near_end)
+                zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
+                self.claim(schedule, near_end, zeros)
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
-            outputs = self.outputs(copies[5:], (mdK, mdV), (sK, sV))
+            outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, sdQ)
             notes = s_notes if cutlass.const_expr(c.deterministic) else None
             adder = accumulate.Adder(dq_accum, sdQ, semaphore, notes, c.tile_m * c.head_dim, c.accumulator_size)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
@@ -258,13 +261,24 @@ class BackwardKernel:
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
 
-    def ways_out(self, dK, dV):
-        """(TMA's copies, dK, dV as those see them): none, as they leave from registers."""
-        return (), dK, dV
+    def out_layout(self):
+        """Of dK, or dV, in shared memory: 16 rows for each warp."""
+        c = self.config
+        return tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS)
 
-    def outputs(self, stores, tensors, shared):
-        """What takes dK and dV to memory."""
-        return [DirectOutput(tensor) for tensor in tensors]
+    def outputs(self, stores, tensors, sK, sV, sdQ):
+        """What takes dK and dV to memory: where dQ leaves from, each warp through its own part of that, side by side or one after the other."""
+        c = self.config
+        layout = self.out_layout()
+        abreast = 1 + c.outputs_abreast
+        place = WARP_ROWS * c.head_dim
+        shape, stride = layout.outer.shape[:2], layout.outer.stride[:2]
+        by_warp = cute.make_layout((*shape, c.tile_n // WARP_ROWS, 1), stride=(*stride, place * abreast, 0))
+        memory = cute.recast_ptr(sdQ.iterator, layout.inner, dtype=self.dtype)
+        return [
+            StagedOutput(store, cute.make_tensor(memory + i * (abreast - 1) * place, by_warp), tensor, WARPGROUPS, 1)
+            for i, (store, tensor) in enumerate(zip(stores, tensors))
+        ]
 
     def query_tiles(self, mask, together):
         """(first, stop): the tiles of queries that see a key of a CTA's, or of a cluster's."""
@@ -322,13 +336,18 @@ class BackwardKernel:
         do_ring.producer_tail(do_at)
 
     @cute.jit
-    def claim(self, schedule, near_end):
-        """One warp: claims the CTA's next tile when told, and tells the others."""
+    def claim(self, schedule, near_end, zeros):
+        """One warp: claims the CTA's next tile when told, tells the others, and makes zeros for tiles to come."""
         position, phase = schedule.first(), Int32(0)
         s_at = barriers.producing(SCHEDULE_STAGES)
+        zeros.start()
+        cute.arch.griddepcontrol_wait()
         while position < schedule.tiles.length:
+            zeros.make(position)
             cute.arch.mbarrier_wait(near_end, phase)
             position, place = schedule.claimed(schedule.claim(), position)
+            if position < schedule.tiles.length:
+                zeros.await_those_of(position)
             s_at = schedule.tell(position, place, s_at)
             phase ^= 1
         schedule.ring.producer_tail(s_at)
@@ -349,9 +368,6 @@ class BackwardKernel:
                 sides = tiles.partition(copies[1], shared[1], tensors[1], head_kv, batch, n % 2)
                 cute.copy(copies[1], sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=ring.producer_get_barrier(before))
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
-            if cutlass.const_expr(c.scheduler == "dynamic" and stages == 1):
-                if position < schedule.tiles.length:  # its stage is busy till the tile's end
-                    TmaSource.of_head(ring, copies[0], tensors[0], shared[0], head_kv, batch).prefetch(self.own_keys(together))
         ring.producer_tail(at)
 
     def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
@@ -448,7 +464,7 @@ class BackwardKernel:
                 place += m
                 if heads_left == 0:
                     t.v_ring.consumer_release(barriers.at_turn(c.v_stages, turn))
-                    self.write(t, schedule.tiles.tile(position), outputs, softmax_scale)
+                    self.write(t, schedule.tiles.tile(position), adder, outputs, softmax_scale)
                     position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
                     going = position < schedule.tiles.length
                     turn += 1
@@ -475,13 +491,15 @@ class BackwardKernel:
         adder.finish(t.index, t.thread)
 
     @cute.jit
-    def write(self, t: Consumer, tile, outputs, softmax_scale):
+    def write(self, t: Consumer, tile, adder, outputs, softmax_scale):
         """dK and dV of a tile, complete, on their way to memory."""
         n, head_kv, batch = tile
         dK, dV = outputs
-        dV.write(t.dV, n * WARPGROUPS + t.index, head_kv, batch, t.thread)
+        place = n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread
+        adder.finish(t.index, t.thread)
+        dV.write(t.dV, 0, *place, free=True)
         self.scale(t.dK, softmax_scale)
-        dK.write(t.dK, n * WARPGROUPS + t.index, head_kv, batch, t.thread)
+        dK.write(t.dK, 0, *place, free=self.config.outputs_abreast)
 
     @cute.jit
     def step(self, t: Consumer, n, m, k_stage, v_at, before, adder, at):

@@ -16,7 +16,7 @@ from .backward import ALL_BARRIER, ROWS, WARPGROUPS, BackwardKernel
 from .configs import WARPGROUP
 from .parts import barriers, tiles, wgmma
 from .parts.mask import RightMask
-from .parts.output import WARP_ROWS, StagedOutput
+from .parts.output import StagedOutput
 from .parts.rounding import round_into, widened
 
 OWN_BARRIER = ALL_BARRIER + 1  # named barrier of the second warpgroup
@@ -125,22 +125,11 @@ class WideBackwardKernel(BackwardKernel):
             dX=accumulator(gradient, c.head_dim),
         )
 
-    def out_layout(self):
-        """Of dK, or dV, in shared memory: 16 rows for each warp."""
-        c = self.config
-        return tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS)
-
-    def ways_out(self, dK, dV):
-        """(TMA's copies, dK, dV as those see them)."""
-        layout, columns = self.out_layout(), self.config.head_dim
-        (store_dk, dK), (store_dv, dV) = (tiles.tma_store(x, layout, WARP_ROWS, columns) for x in (dK, dV))
-        return (store_dk, store_dv), dK, dV
-
-    def outputs(self, stores, tensors, shared):
+    def outputs(self, stores, tensors, sK, sV, sdQ):
         """What takes dK and dV to memory: from where K and V were, which nobody needs when they are complete."""
         return [
             StagedOutput.in_memory(store, memory, self.out_layout(), 1, 0, tensor, self.config.tile_n // ROWS, 1)
-            for store, memory, tensor in zip(stores, shared, tensors)
+            for store, tensor, memory in zip(stores, tensors, (sK, sV))
         ]
 
     @cute.jit

@@ -359,6 +359,11 @@ class BackwardConfig:
         return 2 if self.head_dim == 64 else 1
 
     @property
+    def outputs_abreast(self):
+        """Whether dK and dV find room side by side where dQ leaves from; else one after the other."""
+        return self.tile_bytes["dQ"] >= 2 * self.tile_bytes["K"]
+
+    @property
     def ds_buffers(self):
         """Places for dS in shared memory: with two, one barrier a step is enough."""
         return 1 if self.wide and self.cluster == 1 else 2
@@ -383,7 +388,7 @@ class BackwardConfig:
         """mbarriers, full and empty, for K, V and each stage of Q and dO, and for dS, P and claims; LSE and delta of the stages; padded."""
         stages = self.q_stages + self.do_stages
         rings = 8 * 2 * (self.k_stages + self.v_stages + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
-        return -(-(rings + 8 * (self.ds_buffers + 2) + 64 + 4 * self.tile_m * stages) // 1024) * 1024
+        return -(-(rings + 8 * (self.ds_buffers + 2) + 64 + 512 + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):

@@ -1,4 +1,4 @@
-"""What the backward needs beforehand: delta = rowsum(dO ∘ O) and the LSE in powers of 2, a number for each query, and dQ's zeros.
+"""What the backward needs beforehand: delta = rowsum(dO ∘ O) and the LSE in powers of 2, a number for each query, and dQ's first zeros.
 
 delta: FlashAttention-2 (arXiv 2307.08691), section 3.1, where it is called D.
 """
@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from .configs import BackwardConfig
+from .parts import accumulate
 from .parts.schedule import TileList
 from .parts.softmax import LOG2_E
 
@@ -24,10 +25,10 @@ class DeltaKernel:
         self.config = config
 
     @cute.jit
-    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, counter, stream: cuda.CUstream):
-        """O, dO: (seqlen_q, head_dim, heads, batch); counter: a number to be zeroed too, or None; the others as BackwardKernel has them."""
+    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, counts, ahead, queries_per_kv, stream: cuda.CUstream):
+        """O, dO: (seqlen_q, head_dim, heads, batch); counts, ahead, queries_per_kv: as accumulate.Zeros has them; the others as BackwardKernel has them."""
         tile_list = TileList.of(False, lse_log2.shape[2] // self.config.tile_m, 1, O.shape[2], O.shape[3], Int32(1))
-        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, counter, tile_list).launch(
+        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, counts, ahead, queries_per_kv, tile_list).launch(
             grid=[tile_list.length, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
         )
 
@@ -40,7 +41,9 @@ class DeltaKernel:
         dq_accum: cute.Tensor,
         lse_log2: cute.Tensor,
         delta: cute.Tensor,
-        counter: cute.Tensor | None,
+        counts: cute.Tensor,
+        ahead: Int32,
+        queries_per_kv: Int32,
         tile_list: TileList,
     ):
         c = self.config
@@ -48,9 +51,9 @@ class DeltaKernel:
         thread = cute.arch.thread_idx()[0]
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        if cutlass.const_expr(counter is not None):
-            if cute.arch.block_idx()[0] == 0 and thread == 0:
-                counter[0] = Int32(0)
+        if m == 0 and thread == 0:
+            of_head = cute.make_tensor(accumulate.count(counts, head, batch), 2)
+            of_head.fill(0)
 
         lanes = c.head_dim // VECTOR  # of a row
         rows = THREADS // lanes  # at a time
@@ -70,12 +73,13 @@ class DeltaKernel:
                 lse_log2[batch, head, row] = lse
                 delta[batch, head, row] = own
 
-        elements = c.tile_m * c.head_dim
-        zeros = cute.make_rmem_tensor(FP32_VECTOR, Float32)
-        zeros.fill(0.0)
-        own = cute.zipped_divide(dq_accum[batch, head, None], (FP32_VECTOR,))
-        for i in cutlass.range_constexpr(elements // FP32_VECTOR // THREADS):
-            cute.autovec_copy(zeros, own[None, m * (elements // FP32_VECTOR) + i * THREADS + thread])
+        if batch * (O.shape[2] // queries_per_kv) + head // queries_per_kv < ahead:
+            elements = c.tile_m * c.head_dim
+            zeros = cute.make_rmem_tensor(FP32_VECTOR, Float32)
+            zeros.fill(0.0)
+            sums = cute.zipped_divide(dq_accum[batch, head, None], (FP32_VECTOR,))
+            for i in cutlass.range_constexpr(elements // FP32_VECTOR // THREADS):
+                cute.autovec_copy(zeros, sums[None, m * (elements // FP32_VECTOR) + i * THREADS + thread])
 
     @cute.jit
     def loaded(self, row: cute.Tensor, lane):

@@ -13,8 +13,10 @@ from cutlass import Constexpr, Float32, Int32, Int64
 from . import wgmma
 from .barriers import WARP
 from .output import WARPS
+from .schedule import TileList
 
 VECTOR = 4  # fp32 numbers that a lane moves at a time
+PAGE = 128  # zeros that a lane moves at a time
 
 
 def by_vectors(pointer, warp, size):
@@ -31,6 +33,73 @@ def number_of(sums, elements, m, head, batch):
 def tile_of(sums, number, elements):
     """A pointer to a tile."""
     return (sums.iterator + Int64(number) * elements).align(16)
+
+
+def counts_of(dQ):
+    """(heads, batch): a place for two int32 numbers a head, where the first row of its dQ will be: nobody writes that before DqKernel."""
+    stride = (dQ.stride[2], dQ.stride[3])
+    return cute.make_tensor(dQ.iterator, cute.make_layout((dQ.shape[2], dQ.shape[3]), stride=stride))
+
+
+def count(counts, head, batch):
+    """A pointer to a head's: how many have made zeros for its K/V head; and, for the first head of all, how many tiles are claimed."""
+    return cute.recast_ptr(counts[None, batch].iterator + Int64(head) * counts.stride[0], dtype=Int32)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Zeros to begin the sums with, made shortly before they are needed, so that they need not go to memory and come back.
+
+    The first `ahead` K/V heads find theirs. Who has a tile of keys makes a part of them for the K/V head that comes so many later:
+    whose tiles nobody begins before these are claimed, if there are `ahead` times a head's tiles of CTAs or fewer.
+    """
+
+    sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
+    counts: cute.Tensor  # as counts_of has it, zeros at first
+    page: cute.Tensor  # (PAGE) shared memory
+    tiles: TileList  # of keys
+    ahead: Int32
+    queries_per_kv: Int32
+
+    @cute.jit
+    def start(self):
+        """The warp that makes them, before anything else."""
+        own = cute.make_tensor(self.page.iterator + cute.arch.lane_idx() * VECTOR, VECTOR)
+        own.fill(0.0)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def make(self, position):
+        """A warp: the part that goes with a tile of keys."""
+        group, part = divmod(position, self.tiles.group_tiles)
+        group += self.ahead
+        if group * self.tiles.query_tiles < self.tiles.length:
+            pages = self.queries_per_kv * (self.sums.shape[2] // PAGE)
+            of_part = cute.ceil_div(pages, self.tiles.query_tiles)
+            first = part * of_part
+            target = self.sums.iterator + Int64(group) * pages * PAGE
+            for i in cutlass.range(first + cute.arch.lane_idx(), min(first + of_part, pages), WARP, unroll=1):
+                store_bulk((target + Int64(i) * PAGE).toint(), self.page.iterator, PAGE)
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0)
+            cute.arch.fence_acq_rel_gpu()
+            cute.arch.sync_warp()
+            if cute.arch.lane_idx() == 0:
+                count_up(self.count_of(group))
+
+    @cute.jit
+    def await_those_of(self, position):
+        """A warp: waits until a tile of keys can be begun."""
+        group, _ = divmod(position, self.tiles.group_tiles)
+        if group >= self.ahead:
+            if cute.arch.lane_idx() == 0:
+                await_count(self.count_of(group), self.tiles.query_tiles)
+            cute.arch.sync_warp()
+
+    def count_of(self, group):
+        batch, head_kv = divmod(group, self.tiles.heads)
+        return count(self.counts, head_kv * self.queries_per_kv, batch).toint()
 
 
 @dataclass(frozen=True)
@@ -161,6 +230,14 @@ def add_vector(target, numbers):
     cute.arch.inline_ptx(
         "red.relaxed.gpu.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
         read_only_args=[target.toint(), *numbers],
+    )
+
+
+def store_bulk(target, source, count):
+    """One lane: TMA stores so many fp32 numbers of shared memory to an address of global memory."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
+        read_only_args=[target, Int32(source.toint()), Int32(4 * count)],
     )
 
 

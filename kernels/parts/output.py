@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32
+from cutlass import Constexpr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from . import tiles, wgmma
 from .barriers import WARP
-from .rounding import round_into
 
 WARPS = 4  # of a warpgroup
 WARP_ROWS = 16  # rows of a warpgroup's accumulator that one warp holds
@@ -35,10 +34,10 @@ class StagedOutput:
         return cls(atom, cute.make_tensor(memory.iterator, staged), O, warpgroups, buffers)
 
     @cute.jit
-    def write(self, acc: cute.Tensor, stage, block, head, batch, index, thread):
+    def write(self, acc: cute.Tensor, stage, block, head, batch, index, thread, free: Constexpr[bool] = False):
         """acc: the fragment of O, 64 rows, number `block` of the head. stage: the one to use.
 
-        index: which of the CTA's warpgroups this is.
+        index: which of the CTA's warpgroups this is. free: whether the stage is known to be, so that nothing need be waited for.
         """
         shared = self.stages[None, None, None, stage]
         columns = cute.size(shared, mode=[1])
@@ -48,7 +47,8 @@ class StagedOutput:
         warp = cute.arch.make_warp_uniform(thread // WARP)
         for part in cutlass.range_constexpr(parts):
             buffer = part % self.buffers
-            self.finish(0 if part == 0 else self.buffers - 1)
+            if cutlass.const_expr(part > 0 or not free):
+                self.finish(0 if part == 0 else self.buffers - 1)
             rows = cute.local_tile(by_row, (WARPS * WARP_ROWS, columns), (index + buffer * self.warpgroups, 0))
             wgmma.store_accumulator(op, wgmma.columns(acc, part, parts), rows, thread)
             cute.arch.fence_view_async_shared()
@@ -63,38 +63,3 @@ class StagedOutput:
         """Waits until TMA has read what the warp stored before, but for so many parts, so that that shared memory is free again."""
         cute.arch.cp_async_bulk_wait_group(but, read=True)
         cute.arch.sync_warp()
-
-
-@dataclass(frozen=True)
-class DirectOutput:
-    """Straight from registers, rows past the end left out. Needs no shared memory and waits for nothing.
-
-    Of two groups of 8 columns a lane has two numbers each; it gives one pair to its neighbour for another, so that both have four in
-    a row, and a row of the two groups is written as 32 bytes at once, a sector.
-    """
-
-    O: cute.Tensor  # (seqlen, head_dim, heads, batch) global memory
-
-    @cute.jit
-    def write(self, acc: cute.Tensor, block, head, batch, thread):
-        """acc: the fragment of 64 rows, number `block` of the head."""
-        rounded = cute.make_rmem_tensor(acc.layout, self.O.element_type)
-        round_into(rounded, acc)
-        pairs = cute.recast_tensor(wgmma.flat(rounded), Int32)  # of row half r and column group j: number r + 2j
-        odd = thread % 2 == 1
-        for r in cutlass.range_constexpr(2):
-            row = block * (WARPS * WARP_ROWS) + wgmma.row_in_tile(thread, r)
-            for j in cutlass.range_constexpr(0, cute.size(pairs) // 2, 2):
-                left, right = pairs[r + 2 * j], pairs[r + 2 * j + 2]
-                got = cute.arch.shuffle_sync_bfly(left if odd else right, offset=1)
-                pairs[r + 2 * j] = got if odd else left
-                pairs[r + 2 * j + 2] = right if odd else got
-            if row < self.O.shape[0]:
-                first = (self.O[row, None, head, batch].iterator + thread % 2 * 8 + thread % 4 // 2 * 4).toint()
-                for j in cutlass.range_constexpr(0, cute.size(pairs) // 2, 2):
-                    store_pairs(first + 8 * j * self.O.element_type.width // 8, pairs[r + 2 * j], pairs[r + 2 * j + 2])
-
-
-def store_pairs(address, *pairs):
-    """8 bytes to global memory."""
-    cute.arch.inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *pairs])
