@@ -453,9 +453,9 @@ class BackwardKernel:
         adder.start(t.index, t.thread)
         at = self.step(t, n, m, k_at.index, v_at, None, adder, at)
         going = heads_left > 0
+        adder.note(self.turn(t, m, n), t.index, t.thread)
         while going:
             before_place, before_turn = place, turn
-            adder.note(self.turn(t, m, n), t.index, t.thread)
             m += 1
             place += 1
             if m == m_stop:
@@ -479,6 +479,7 @@ class BackwardKernel:
                 k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
                 k_before = barriers.at_turn(c.k_stages, before_turn)
                 at = self.step(t, n, m, k_at.index, v_at, (k_before.index, before_place), adder, at)
+                adder.note(self.turn(t, m, n), t.index, t.thread)
                 if before_turn != turn:
                     t.k_ring.consumer_release(k_before)
         k_before = barriers.at_turn(c.k_stages, before_turn)

@@ -57,21 +57,22 @@ class DeltaKernel:
 
         lanes = c.head_dim // VECTOR  # of a row
         rows = THREADS // lanes  # at a time
-        for i in cutlass.range_constexpr(c.tile_m // rows):
-            row = m * c.tile_m + i * rows + thread // lanes
+        own_rows = [m * c.tile_m + i * rows + thread // lanes for i in range(c.tile_m // rows)]
+        # a row past the end reads the last one, so that nothing keeps all the loads from being in flight at once
+        read = [min(row, O.shape[0] - 1) for row in own_rows]
+        o, do = ([self.loaded(x[row, None, head, batch], thread % lanes) for row in read] for x in (O, dO))
+        lse = [LSE[batch, head, row] * Float32(LOG2_E) for row in read]
+        for i in cutlass.range_constexpr(len(own_rows)):
             own = Float32(0.0)
-            if row < O.shape[0]:
-                o, do = (self.loaded(x[row, None, head, batch], thread % lanes) for x in (O, dO))
-                for j in cutlass.range_constexpr(VECTOR):
-                    own += o[j].to(Float32) * do[j].to(Float32)
+            for j in cutlass.range_constexpr(VECTOR):
+                own += o[i][j].to(Float32) * do[i][j].to(Float32)
             own = cute.arch.warp_reduction_sum(own, threads_in_group=lanes)
             if thread % lanes == 0:
-                lse = Float32.inf  # exp2(S - inf) is 0: for rows past the end, and for those that see nothing
-                if row < O.shape[0]:
-                    lse = LSE[batch, head, row] * Float32(LOG2_E)
-                    lse = Float32.inf if lse == -Float32.inf else lse
-                lse_log2[batch, head, row] = lse
-                delta[batch, head, row] = own
+                row = own_rows[i]
+                exists = row < O.shape[0]
+                # exp2(S - inf) is 0: for rows past the end, and for those that see nothing
+                lse_log2[batch, head, row] = lse[i] if exists and lse[i] != -Float32.inf else Float32.inf
+                delta[batch, head, row] = own if exists else Float32(0.0)
 
         if batch * (O.shape[2] // queries_per_kv) + head // queries_per_kv < ahead:
             elements = c.tile_m * c.head_dim
