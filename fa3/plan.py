@@ -139,12 +139,12 @@ def head_group(problem, device):
     return together * queries_per_kv
 
 
-# (head_dim, mask) -> what differs from BackwardConfig's defaults; from perf/NOTES.md, issue 4 (measured before there were result files).
+# (head_dim, mask) -> what differs from BackwardConfig's defaults; from perf/NOTES.md, issue 4.
 BACKWARD = {
     (64, "none"): dict(tile_m=128),
-    (64, "causal"): dict(tile_m=128),
-    (128, "none"): dict(tile_m=64),
-    (128, "causal"): dict(tile_m=64),
+    (64, "causal"): dict(tile_m=128, direct_adds=True),
+    (128, "none"): dict(tile_m=64, direct_adds=True),
+    (128, "causal"): dict(tile_m=64, direct_adds=True),
     (256, "none"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1),
     (256, "causal"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1),
 }
@@ -200,7 +200,10 @@ def planned_backward(config, problem, device):
 
 
 def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:
-    return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **BACKWARD[head_dim, mask])
+    row = BACKWARD[head_dim, mask]
+    if deterministic:
+        row = {**row, "direct_adds": False}
+    return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **row)
 
 
 def shipped(family="forward"):

@@ -33,7 +33,7 @@ from .parts.sources import RowSource, TmaSource
 ROWS = 64  # keys of a consumer warpgroup, the M of a WGMMA
 WARPGROUPS = 2  # that consume
 ALL_BARRIER = 1  # named barrier of the consumers
-CLAIM_AHEAD = 3  # tiles of queries before a tile of keys' last load, at which the next one is claimed
+CLAIM_AHEAD = 1  # tiles of queries before a tile of keys' last load, at which the next one is claimed
 
 
 @dataclass(frozen=True)
@@ -486,9 +486,7 @@ class BackwardKernel:
         self.issue_dq(t, k_before.index, barriers.before(at))
         wgmma.wait(0)
         t.k_ring.consumer_release(k_before)
-        adder.put(t.dQ, t.index, t.thread)
-        self.publish()
-        adder.send(before_place, t.index, t.thread)
+        self.hand_over(t, before_place, adder)
         adder.finish(t.index, t.thread)
 
     @cute.jit
@@ -523,16 +521,17 @@ class BackwardKernel:
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
         self.exponentials(t, lse)
         round_into(t.P, t.S)
+        if cutlass.const_expr(not first and c.dq_before_dp):
+            wgmma.wait(0)
+            self.hand_over(t, before[1], adder)
         t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
         dO, Q = t.dO_of_dV[None, None, None, at.index], t.Q_of_dK[None, None, None, at.index]
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=not first)
-        if cutlass.const_expr(not first):
+        if cutlass.const_expr(not first and not c.dq_before_dp):
             wgmma.wait(2)
-            adder.put(t.dQ, t.index, t.thread)
-            self.publish()
-            adder.send(before[1], t.index, t.thread)
+            self.hand_over(t, before[1], adder)
         delta = wgmma.load_by_columns(t.delta[None, at.index], t.thread)
         wgmma.wait(1)
         self.differentials(t, delta)
@@ -547,6 +546,15 @@ class BackwardKernel:
         t.q_ring.consumer_release(at)
         at.advance()
         return at
+
+    def hand_over(self, t: Consumer, tile, adder):
+        """dQ of a tile of queries to memory."""
+        if self.config.direct_adds:
+            adder.add(t.dQ, tile, None, t.index, t.thread)
+        else:
+            adder.put(t.dQ, t.index, t.thread)
+            self.publish()
+            adder.send(tile, t.index, t.thread)
 
     @cute.jit
     def scale(self, acc: cute.Tensor, factor):

@@ -249,8 +249,9 @@ class BackwardConfig:
     mask: "none", or "causal" aligned to the bottom right.
     tile_m: queries of one step of the mainloop.
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
-    q_stages, do_stages: tiles of Q, and of dO, that are in flight.
+    q_stages, do_stages: tiles of Q, and of dO, that are in flight; 2 but at head_dim 256.
     cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
+    direct_adds: threads add dQ to memory straight from registers, and not TMA from shared memory; at head_dim 256 it is always so.
     deterministic: key tiles add to dQ in a fixed order.
     """
 
@@ -262,6 +263,7 @@ class BackwardConfig:
     q_stages: int = 2
     do_stages: int = 2
     cluster: int = 1
+    direct_adds: bool = False
     deterministic: bool = False
 
     family = "backward"
@@ -272,9 +274,13 @@ class BackwardConfig:
         one_of("head_dim", (64, 128, 256))
         one_of("mask", ("none", "causal"))
         one_of("tile_n", (64,) if self.wide else (128,))
-        one_of("q_stages", (1, 2, 3, 4))
-        one_of("do_stages", (1, 2, 3, 4))
+        stages = (1, 2, 3, 4) if self.wide else (2,)  # Q, dO and dS go round together there
+        one_of("q_stages", stages)
+        one_of("do_stages", stages)
         one_of("cluster", (1, 2) if self.wide else (1,))
+        one_of("direct_adds", (False, True))
+        if self.direct_adds and self.deterministic and not self.wide:
+            raise ConfigError("deterministic=True has threads wait until what they added is there: direct_adds must be False, got True")
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64, 80, 96, 112, 128), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
@@ -325,6 +331,11 @@ class BackwardConfig:
     def dq_by_rows(self):
         """Whether a warpgroup's accumulator of dQ has 64 queries for rows; else 64 of head_dim."""
         return self.tile_m == 128 or self.wide
+
+    @property
+    def dq_before_dp(self):
+        """Whether dQ leaves its registers before dP takes some, and not while dP is computed: slower, but those that count turns need them."""
+        return self.deterministic and self.head_dim == 64
 
     @property
     def dq_part(self):
