@@ -281,14 +281,10 @@ class BackwardConfig:
         one_of("direct_adds", (False, True))
         if self.direct_adds and self.deterministic and not self.wide:
             raise ConfigError("deterministic=True has threads wait until what they added is there: direct_adds must be False, got True")
-        one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64, 80, 96, 112, 128), 256: (64,)}[self.head_dim])
+        one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
                 f"{self} needs {self.shared_memory} bytes of shared memory, a Hopper block has {SHARED_MEMORY_LIMIT}"
-            )
-        if self.live_registers > self.registers[1]:
-            raise ConfigError(
-                f"{self} keeps at least {self.live_registers} registers live in a consumer thread, which gets {self.registers[1]}"
             )
 
     __repr__ = _one_line
@@ -312,13 +308,6 @@ class BackwardConfig:
     def wide(self):
         """Whether dK and dV of 64 keys take a warpgroup's registers each, so that a warpgroup has but one of them (backward_wide.py)."""
         return self.head_dim == 256
-
-    @property
-    def live_registers(self):
-        """Registers that the tiles alone hold in a consumer thread: dK and dV, or one of them; S and dQ in flight; and P."""
-        tile, P = 64 * self.tile_m // WARPGROUP, 64 * self.tile_m // WARPGROUP // 2
-        gradients = 64 * self.head_dim // WARPGROUP * (1 if self.wide else 2)
-        return gradients + self.accumulator_size + P + (0 if self.wide else tile)
 
     @property
     def last_keys_first(self):

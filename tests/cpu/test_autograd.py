@@ -378,7 +378,8 @@ class Kernel:
         self.config = config
         self.got = None
 
-    def __call__(self, q, k, v, out, dout, lse, dq, dk, dv, dq_accum, lse_log2, delta, semaphore, scale):
+    def __call__(self, q, k, v, out, dout, lse, dq, dk, dv, dq_accum, lse_log2, delta, semaphore, scale, sms):
+        assert sms == plan.Device().sms
         self.got = dict(q=q, k=k, v=v, out=out, dout=dout, lse=lse, dq=dq, dk=dk, dv=dv, scale=scale)
         for name, x in list(self.got.items())[:9]:
             if name != "lse":
@@ -405,9 +406,10 @@ def kernel(monkeypatch):
         return BackwardLaunch(problem, plan.plan_backward(problem, plan.Device()))
 
     def config(dtype, head_dim, mask, deterministic):
-        return BackwardConfig(dtype, head_dim, mask, deterministic=deterministic, **plan.BACKWARD[head_dim, mask])
+        return config_of(dtype, head_dim, mask, deterministic)
 
     monkeypatch.setattr(jit, "get", get)
+    config_of = plan.backward_config
     monkeypatch.setattr(plan, "backward_config", config)
     monkeypatch.setattr(attention, "backward_of", backward_of)
     monkeypatch.setattr(attention, "CALLS", {})

@@ -959,12 +959,12 @@ def test_a_sweeps_point_is_all_combinations_that_a_gpu_could_run():
 
 
 def test_a_backward_sweeps_point():
-    head_dim, causal, found = sweep.parse("128 causal: q_stages=1,2 deterministic=False,True", "fp16", "bwd")
+    head_dim, causal, found = sweep.parse("128 causal: tile_m=48,64 deterministic=False,True", "fp16", "bwd")
     assert (head_dim, causal, len(found)) == (128, True, 4)
-    assert {(v.config.q_stages, v.config.deterministic) for v in found} == {(s, d) for s in (1, 2) for d in (False, True)}
+    assert {(v.config.tile_m, v.config.deterministic) for v in found} == {(m, d) for m in (48, 64) for d in (False, True)}
     assert {(v.config.dtype, v.config.mask) for v in found} == {("fp16", "causal")}
     tile = f"{BackwardConfig.tile_m}x{BackwardConfig.tile_n}"
-    assert {f"{tile} q_stages=1", f"{tile} deterministic=True"} < {v.name for v in found} and len({v.name for v in found}) == 4
+    assert {f"{tile} deterministic=True", "48x128"} < {v.name for v in found} and len({v.name for v in found}) == 4
     for wrong in ("pingpong=True", "heads=all"):
         with pytest.raises(PerfError, match=f"no field {wrong.split('=')[0]}; there are dtype"):
             sweep.parse(f"64 none: {wrong}", "bf16", "bwd")
@@ -974,12 +974,14 @@ def test_a_backward_sweeps_point():
 def test_a_backward_variant_calls_the_kernel_as_agreed(monkeypatch, deterministic):
     launches = []
     monkeypatch.setattr(jit, "get", lambda config: lambda *arguments: launches.append(arguments))
+    monkeypatch.setattr(variants, "device_of", lambda device: plan.Device())
     point = Point(64, True, 2, 300, 200, 4, 2, direction="bwd")
     tensors = cpu_tensors(point)
     config = BackwardConfig(head_dim=64, mask="causal", tile_m=128, deterministic=deterministic)
     call = variants.BackwardVariant(config).make(point, tensors)
     returned = call()
-    [(q, k, v, out, dout, lse, dq, dk, dv, dq_accum, lse_log2, delta, semaphore, scale)] = launches
+    [(q, k, v, out, dout, lse, dq, dk, dv, dq_accum, lse_log2, delta, semaphore, scale, sms)] = launches
+    assert sms == plan.Device().sms
     assert all(a.data_ptr() == b.data_ptr() and not a.requires_grad for a, b in zip((q, k, v, dout), tensors))
     expected_out, expected_lse = reference.attention(q, k, v, causal=True)
     assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse) and scale == 64**-0.5
@@ -1002,6 +1004,7 @@ def test_one_launch_of_a_backward_config(monkeypatch):
     short = types.SimpleNamespace(tensors=lambda point: cpu_tensors(dataclasses.replace(point, seqlen_q=9, seqlen_k=9)))
     monkeypatch.setattr(timing, "CudaDevice", lambda: short)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: launches.append("waited"))
+    monkeypatch.setattr(variants, "device_of", lambda device: plan.Device())
     config = BackwardConfig(head_dim=64, mask="causal", dtype="fp16", tile_m=128)
     done = types.SimpleNamespace(returncode=0)
     monkeypatch.setattr(subprocess, "run", lambda command, **_: once.main(*command[-2:]) or done)

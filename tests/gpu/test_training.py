@@ -28,7 +28,7 @@ VOCABULARY, TOPICS, WORDS, SEGMENT = 128, 16, 16, 128
 BATCH, SEQLEN = 2, 4096
 LAYERS, HEADS, HEAD_DIM = 4, 16, 128
 STEPS, TIMED_FROM = 50, 15
-LEARNING_RATE, WARMUP = 5e-4, 10  # in proportion to 1 / hidden size what the smaller models learnt with, twice over
+LEARNING_RATE, WARMUP = 2e-4, 10  # in proportion to 1 / hidden size what the smaller models learnt with, or a little less
 
 
 def fa3_attention(q, k, v):
