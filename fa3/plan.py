@@ -139,7 +139,8 @@ def head_group(problem, device):
     return together * queries_per_kv
 
 
-# (head_dim, mask) -> what differs from BackwardConfig's defaults; from perf/NOTES.md, issue 4.
+# (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and
+# perf/results/2026-11-26-paper-bwd-h100.json how fast it is.
 BACKWARD = {
     (64, "none"): dict(tile_m=128),
     (64, "causal"): dict(tile_m=128, direct_adds=True),

@@ -1,7 +1,8 @@
 """FlashAttention-3's backward pass for Hopper (arXiv 2407.08608, appendix B.1).
 
-A CTA owns tile_n keys of a K/V head: a warp of its producer warpgroup loads, and two consumer warpgroups share the work: each
-has 64 of the keys here, and one of the gradients in backward_wide.py, where they take more registers. The CTA walks over the queries that see them, of all query heads of the group. The names are the paper's:
+A CTA takes tile_n keys of a K/V head, and when it is done with them the next ones that are left. Its producer warpgroup loads, and two
+consumer warpgroups share the work: each has 64 of the keys here, and one of the gradients in backward_wide.py, where they take more
+registers. It walks over the queries that see its keys, of all query heads of the group. The names are the paper's:
 P = exp(S - LSE), dP = dO Vᵀ, dS = P ∘ (dP - delta), dV = Pᵀ dO, dK = dSᵀ Q, dQ = dS K.
 
 S and dP are computed transposed, keys by queries: so P and dS are, in registers, the operands that dV and dK need, and only dQ,
