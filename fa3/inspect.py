@@ -49,7 +49,7 @@ class Predicted:
             setmaxnreg=tuple(config.registers),
             shared=config.shared_memory,
             threads=config.threads,
-            adds=("REDG" if config.wide or config.direct_adds else "UBLKRED") if config.family == "backward" else None,
+            adds=("REDG" if config.direct_adds else "UBLKRED") if config.family == "backward" else None,
         )
 
 

@@ -146,8 +146,8 @@ BACKWARD = {
     (64, "causal"): dict(tile_m=128, direct_adds=True),
     (128, "none"): dict(tile_m=64, direct_adds=True),
     (128, "causal"): dict(tile_m=64, direct_adds=True),
-    (256, "none"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1),
-    (256, "causal"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1),
+    (256, "none"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1, direct_adds=True),
+    (256, "causal"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1, direct_adds=True),
 }
 
 
@@ -202,7 +202,7 @@ def planned_backward(config, problem, device):
 
 def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:
     row = BACKWARD[head_dim, mask]
-    if deterministic:
+    if deterministic and head_dim != 256:
         row = {**row, "direct_adds": False}
     return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **row)
 

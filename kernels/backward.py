@@ -33,8 +33,7 @@ from .parts.sources import RowSource, TmaSource
 
 ROWS = 64  # keys of a consumer warpgroup, the M of a WGMMA
 WARPGROUPS = 2  # that consume
-ALL_BARRIER = 1  # named barrier of the consumers
-CLAIM_AHEAD = 1  # tiles of queries before a tile of keys' last load, at which the next one is claimed
+CLAIM_AHEAD = 1  # the next tile of keys is claimed when so many tiles of queries are yet to be loaded for this one
 
 
 @dataclass(frozen=True)
@@ -178,10 +177,10 @@ class BackwardKernel:
         semaphore: cute.Tensor | None,
         scales: tuple[Float32, Float32],  # of the scores, and log2(e) times that
         tile_list: TileList,
-        counts: cute.Tensor,
-        ahead: Int32,
+        counts: cute.Tensor,  # as accumulate.counts_of has it
+        ahead: Int32,  # as accumulate.Zeros has it
         queries_per_kv: Int32,
-        layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K, V, dS
+        layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K, V and dS in shared memory
     ):
         c = self.config
         thread = cute.arch.thread_idx()[0]
@@ -206,7 +205,7 @@ class BackwardKernel:
         sQ, sdO, sK, sV, sdS = shared
         sdQ, sP, s_other_k = None, None, None
         if cutlass.const_expr(c.tile_bytes["dQ"] > 0):
-            sdQ = smem.allocate_tensor(Float32, cute.make_layout(c.tile_m * c.head_dim), byte_alignment=128)
+            sdQ = smem.allocate_tensor(Float32, cute.make_layout(c.tile_m * c.head_dim), byte_alignment=1024)
         if cutlass.const_expr(c.tile_bytes["P"] > 0):
             sP = smem.allocate_tensor(Int32, cute.make_layout(c.tile_bytes["P"] // 4), byte_alignment=128)
 
@@ -236,7 +235,7 @@ class BackwardKernel:
 
         Q, dO, K, V, other_K, mdK, mdV = tensors
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
-        claims = cute.make_tensor(accumulate.count(counts, 0, 0) + 1, 1)
+        claims = cute.make_tensor(accumulate.count(counts, 0, 0) + 1, 1)  # which DeltaKernel sets to zero, and so no Schedule.finish
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
@@ -268,7 +267,7 @@ class BackwardKernel:
         return tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS)
 
     def outputs(self, stores, tensors, sK, sV, sdQ):
-        """What takes dK and dV to memory: where dQ leaves from, each warp through its own part of that, side by side or one after the other."""
+        """What takes dK and dV to memory: each warp through its own part of where dQ leaves from, side by side or one after the other."""
         c = self.config
         layout = self.out_layout()
         abreast = 1 + c.outputs_abreast

@@ -12,14 +12,15 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from .backward import ALL_BARRIER, ROWS, WARPGROUPS, BackwardKernel
+from .backward import ROWS, WARPGROUPS, BackwardKernel
 from .configs import WARPGROUP
 from .parts import barriers, tiles, wgmma
 from .parts.mask import RightMask
 from .parts.output import StagedOutput
 from .parts.rounding import round_into, widened
 
-OWN_BARRIER = ALL_BARRIER + 1  # named barrier of the second warpgroup
+ALL_BARRIER = 1  # named barriers: of both warpgroups that consume, and of the second one
+OWN_BARRIER = 2
 
 
 @dataclass(frozen=True)

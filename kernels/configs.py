@@ -251,7 +251,7 @@ class BackwardConfig:
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight; 2 but at head_dim 256.
     cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
-    direct_adds: threads add dQ to memory straight from registers, and not TMA from shared memory; at head_dim 256 it is always so.
+    direct_adds: threads add dQ to memory straight from registers; else TMA does from shared memory, for which head_dim 256 has no room.
     deterministic: key tiles add to dQ in a fixed order.
     """
 
@@ -278,9 +278,8 @@ class BackwardConfig:
         one_of("q_stages", stages)
         one_of("do_stages", stages)
         one_of("cluster", (1, 2) if self.wide else (1,))
-        one_of("direct_adds", (False, True))
-        if self.direct_adds and self.deterministic and not self.wide:
-            raise ConfigError("deterministic=True has threads wait until what they added is there: direct_adds must be False, got True")
+        # in a fixed order, threads would have to wait until what they added is there
+        one_of("direct_adds", (True,) if self.wide else (False,) if self.deterministic else (False, True))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
@@ -385,14 +384,17 @@ class BackwardConfig:
 
     @property
     def barrier_bytes(self):
-        """mbarriers, full and empty, for K, V and each stage of Q and dO, and for dS, P and claims; LSE and delta of the stages; padded."""
+        """mbarriers of the stages of K, V, Q, dO and the schedule, full and empty, and of dS, P and claims; the schedule's slots; what
+        parts/accumulate.py keeps (an Adder's notes, a page of zeros); LSE and delta of the stages; padded.
+        """
         stages = self.q_stages + self.do_stages
         rings = 8 * 2 * (self.k_stages + self.v_stages + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
-        return -(-(rings + 8 * (self.ds_buffers + 2) + 64 + 512 + 4 * self.tile_m * stages) // 1024) * 1024
+        notes, page = 4 * 2 * 8, 4 * 128
+        return -(-(rings + 8 * (self.ds_buffers + 2) + notes + page + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        tiles = (self.q_stages + self.do_stages) * t["Q"] + (self.k_stages + self.v_stages) * t["K"] + t["other K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]
-        return self.barrier_bytes + tiles
+        queries, keys = (self.q_stages + self.do_stages) * t["Q"], (self.k_stages + self.v_stages) * t["K"]
+        return self.barrier_bytes + queries + keys + t["other K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]

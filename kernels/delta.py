@@ -26,7 +26,10 @@ class DeltaKernel:
 
     @cute.jit
     def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, counts, ahead, queries_per_kv, stream: cuda.CUstream):
-        """O, dO: (seqlen_q, head_dim, heads, batch); counts, ahead, queries_per_kv: as accumulate.Zeros has them; the others as BackwardKernel has them."""
+        """O, dO: (seqlen_q, head_dim, heads, batch). counts, ahead, queries_per_kv: as accumulate.Zeros has them.
+
+        The others as BackwardKernel has them.
+        """
         tile_list = TileList.of(False, lse_log2.shape[2] // self.config.tile_m, 1, O.shape[2], O.shape[3], Int32(1))
         self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, counts, ahead, queries_per_kv, tile_list).launch(
             grid=[tile_list.length, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True

@@ -48,10 +48,11 @@ def count(counts, head, batch):
 
 @dataclass(frozen=True)
 class Zeros:
-    """Zeros to begin the sums with, made shortly before they are needed, so that they need not go to memory and come back.
+    """Zeros that the sums begin with, made shortly before they are needed: they are still in the L2 cache then.
 
-    The first `ahead` K/V heads find theirs. Who has a tile of keys makes a part of them for the K/V head that comes so many later:
-    whose tiles nobody begins before these are claimed, if there are `ahead` times a head's tiles of CTAs or fewer.
+    DeltaKernel makes those of the first `ahead` K/V heads' queries. The others are made by the CTAs that have the tiles of keys of the
+    K/V head `ahead` before, each a part. `ahead` heads have at least as many tiles as there are CTAs, so no CTA begins with a tile that it
+    would have to wait for; and a tile's zeros are made by tiles before it in the list, so nobody waits for somebody who waits for him.
     """
 
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
@@ -109,7 +110,8 @@ class Adder:
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
     shared: cute.Tensor | None  # (elements of a tile); None where there is no room, for `add`
     turns: cute.Tensor | None  # (batch, heads, tiles · warps of one) int32 zeros: how many have added, if they do so in order
-    notes: cute.Tensor | None  # (2, warps of this CTA) shared memory, for those that add in order: each one's next turn; and the counter it has yet to count up, or -1
+    # (2, warps of this CTA) shared memory, where they add in order: each one's next turn, and the counter it has yet to count up, or -1
+    notes: cute.Tensor | None
     elements: Constexpr[int]  # of a tile
     size: Constexpr[int]  # of a thread's accumulator
 

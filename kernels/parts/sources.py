@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Float32, Int32, pipeline
+from cutlass import Boolean, Constexpr, Float32, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from . import barriers, tiles
@@ -59,16 +59,6 @@ class RowSource:
         atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
         if cute.arch.lane_idx() == 0:
             cute.copy(atom, self.tiles[None, n], self.stages[None, at.index], mbar_ptr=barrier)
-
-
-    @cute.jit
-    def prefetch(self, n):
-        """Has tile n's numbers fetched into the L2 cache."""
-        if cute.arch.lane_idx() == 0:
-            cute.arch.inline_ptx(
-                "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
-                read_only_args=[self.tiles[None, n].iterator.toint(), Int32(4 * cute.size(self.tiles, mode=[0]))],
-            )
 
 
 @dataclass(frozen=True)

@@ -405,12 +405,7 @@ def kernel(monkeypatch):
     def backward_of(problem, device):
         return BackwardLaunch(problem, plan.plan_backward(problem, plan.Device()))
 
-    def config(dtype, head_dim, mask, deterministic):
-        return config_of(dtype, head_dim, mask, deterministic)
-
     monkeypatch.setattr(jit, "get", get)
-    config_of = plan.backward_config
-    monkeypatch.setattr(plan, "backward_config", config)
     monkeypatch.setattr(attention, "backward_of", backward_of)
     monkeypatch.setattr(attention, "CALLS", {})
     return lambda: used[-1]
