@@ -76,9 +76,9 @@ def positive(softmax_scale):
     return (-1.0 if softmax_scale < 0 else None), abs(softmax_scale)
 
 
-def allocated(shape, dtype, zeroed, device):
+def allocated(shape, dtype, device):
     """dtype: its name."""
-    return (torch.zeros if zeroed else torch.empty)(shape, dtype=getattr(torch, dtype), device=device)
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
 
 
 def readable(t):

@@ -168,13 +168,13 @@ class BackwardPlan:
 
     @property
     def workspace(self):
-        """name -> (shape, dtype, whether it must be zeros), in the order of the kernel's arguments; None for what isn't needed."""
+        """name -> (shape, dtype), in the order of the kernel's arguments; None for what isn't needed."""
         per_head = self.batch, self.heads
         return {
-            "dq_accum": ((*per_head, self.rows * self.config.head_dim), "float32", False),
-            "lse_log2": ((*per_head, self.rows), "float32", False),
-            "delta": ((*per_head, self.rows), "float32", False),
-            "semaphore": ((*per_head, self.config.dq_warps * self.query_tiles), "int32", True) if self.config.deterministic else None,
+            "dq_accum": ((*per_head, self.rows * self.config.head_dim), "float32"),
+            "lse_log2": ((*per_head, self.rows), "float32"),
+            "delta": ((*per_head, self.rows), "float32"),
+            "turns": ((*per_head, self.config.cluster * self.query_tiles), "int32") if self.config.deterministic else None,
         }
 
     def __str__(self):
@@ -202,8 +202,8 @@ def planned_backward(config, problem, device):
 
 def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:
     row = BACKWARD[head_dim, mask]
-    if deterministic and head_dim != 256:
-        row = {**row, "direct_adds": False}
+    if deterministic:
+        row = {**row, "direct_adds": True}
     return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **row)
 
 

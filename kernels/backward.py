@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, pipeline
+from cutlass import Boolean, Constexpr, Float32, Int32, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
@@ -94,7 +94,7 @@ class BackwardKernel:
         dq_accum: cute.Tensor,  # (batch, heads, rows · head_dim) fp32: dQ's sum, rows being seqlen_q in whole tiles of tile_m
         lse_log2: cute.Tensor,  # (batch, heads, rows) fp32
         delta: cute.Tensor,  # (batch, heads, rows) fp32
-        semaphore: cute.Tensor | None,  # (batch, heads, query tiles · dq_warps) int32, zeros: deterministic only
+        turns: cute.Tensor | None,  # (batch, heads, query tiles · cluster) int32: deterministic only
         softmax_scale: Float32,
         sms: Int32,  # of the GPU: as many CTAs, where they claim one tile of keys after another
         stream: cuda.CUstream,
@@ -124,13 +124,15 @@ class BackwardKernel:
         queries_per_kv = Q.shape[2] // K.shape[2]
         ahead = cute.ceil_div(ctas, key_tiles)  # K/V heads: those whose queries DeltaKernel makes zeros for
         counts = accumulate.counts_of(dQ)
-        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, counts, ahead, queries_per_kv, stream)
+        query_tiles = lse_log2.shape[2] // c.tile_m
+        tiles_of = Q.shape[2] * query_tiles, queries_per_kv * query_tiles
+        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, ahead, queries_per_kv, stream)
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = mQ, mdO, mK, mV, other_K, mdK, mdV
         layouts = q_layout, do_layout, k_layout, v_layout, ds_layout
         scales = softmax_scale, softmax_scale * Float32(LOG2_E)
         self.kernel(
-            copies, tensors, lse_log2, delta, dq_accum, semaphore, scales, tile_list, counts, ahead, queries_per_kv, layouts
+            copies, tensors, lse_log2, delta, dq_accum, turns, scales, tile_list, counts, ahead, queries_per_kv, tiles_of, layouts
         ).launch(
             grid=[ctas * c.cluster, 1, 1],
             block=[c.threads, 1, 1],
@@ -159,12 +161,12 @@ class BackwardKernel:
         tensors = [tensor(*shape) for shape in (of_q, of_k, of_k, of_q, of_q)]
         lse = make_fake_tensor(Float32, (batch, heads, seqlen_q), (cute.sym_int64(), cute.sym_int64(), 1))
         gradients = [tensor(*shape) for shape in (of_q, of_k, of_k)]
-        semaphore = None
+        turns = None
         if c.deterministic:
-            semaphore = make_fake_tensor(Int32, (batch, heads, counters), (cute.sym_int64(), cute.sym_int64(), 1))
+            turns = make_fake_tensor(Int32, (batch, heads, counters), (cute.sym_int64(), cute.sym_int64(), 1))
         accum = workspace(cute.sym_int32())
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), semaphore, Float32(1.0), Int32(1), stream
+        return *tensors, lse, *gradients, accum, workspace(rows), workspace(rows), turns, Float32(1.0), Int32(1), stream
 
     @cute.kernel
     def kernel(
@@ -174,12 +176,13 @@ class BackwardKernel:
         lse_log2: cute.Tensor,
         delta: cute.Tensor,
         dq_accum: cute.Tensor,
-        semaphore: cute.Tensor | None,
+        turns: cute.Tensor | None,
         scales: tuple[Float32, Float32],  # of the scores, and log2(e) times that
         tile_list: TileList,
         counts: cute.Tensor,  # as accumulate.counts_of has it
         ahead: Int32,  # as accumulate.Zeros has it
         queries_per_kv: Int32,
+        tiles_of: tuple[Int32, Int32],  # of queries, of all heads of a batch, and of a K/V head: as arguments they take no registers
         layouts: tuple[cute.ComposedLayout, ...],  # of Q, dO, K, V and dS in shared memory
     ):
         c = self.config
@@ -198,7 +201,7 @@ class BackwardKernel:
         p_full = smem.allocate_array(cutlass.Int64, 1)
         near_end = smem.allocate_array(cutlass.Int64, 1)
         page = smem.allocate_tensor(Float32, cute.make_layout(accumulate.PAGE), byte_alignment=16)
-        s_notes = smem.allocate_tensor(Int32, cute.make_layout((2, WARPGROUPS * WARPS)))
+        granted = smem.allocate_array(cutlass.Int64, 2)
         s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.q_stages)), byte_alignment=16)
         s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
         shared = [self.allocate(smem, layout) for layout in layouts]
@@ -220,13 +223,15 @@ class BackwardKernel:
         v_ring = barriers.tma_ring(v_barriers, c.v_stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
-            schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, consumer_warps + 3)  # and the loading ones
+            schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, consumer_warps + 2 + c.deterministic)
         if warp_index == 0:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
             if cute.arch.lane_idx() == 0:
                 cute.arch.mbarrier_init(p_full, WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
+                cute.arch.mbarrier_init(granted, 1)
+                cute.arch.mbarrier_init(granted + 1, consumer_warps)
                 for i in cutlass.range_constexpr(c.ds_buffers):
                     cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
         cute.arch.mbarrier_init_fence()
@@ -237,27 +242,30 @@ class BackwardKernel:
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
         claims = cute.make_tensor(accumulate.count(counts, 0, 0) + 1, 1)  # which DeltaKernel sets to zero, and so no Schedule.finish
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster)
+        if cutlass.const_expr(c.deterministic):
+            part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
+            turns = accumulate.Turns(turns, granted, granted + 1, c.cluster, part)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
                 rings, rows = (q_ring, do_ring), ((lse_log2, delta), (s_lse, s_delta))
                 self.produce_queries(schedule, near_end, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
             elif warp_index == 1:
-                self.produce_keys(schedule, k_ring, c.k_stages, (copies[2], copies[4]), (K, other_K), (sK, s_other_k))
+                self.produce_keys(schedule, (k_ring, v_ring), copies[2:5], (K, V, other_K), (sK, sV, s_other_k))
             elif warp_index == 2:
-                self.produce_keys(schedule, v_ring, c.v_stages, (copies[3], None), (V, None), (sV, None))
+                if cutlass.const_expr(c.deterministic):
+                    self.keep_turns(schedule, mask, turns, queries_per_kv)
             elif cutlass.const_expr(c.scheduler == "dynamic"):
                 zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
                 self.claim(schedule, near_end, zeros)
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
             outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, sdQ)
-            notes = s_notes if cutlass.const_expr(c.deterministic) else None
-            adder = accumulate.Adder(dq_accum, sdQ, semaphore, notes, c.tile_m * c.head_dim, c.accumulator_size)
+            adder = accumulate.Adder(dq_accum, sdQ, turns, c.tile_m * c.head_dim, c.accumulator_size)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
             rings = q_ring, do_ring, k_ring, v_ring
             exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
-            self.consume(own, exchanged, schedule, adder, outputs, scales[0], queries_per_kv)
+            self.consume(own, exchanged, schedule, adder, outputs, scales[0], queries_per_kv, tiles_of)
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
 
@@ -353,22 +361,43 @@ class BackwardKernel:
         schedule.ring.producer_tail(s_at)
 
     @cute.jit
-    def produce_keys(self, schedule, ring, stages: Constexpr[int], copies, tensors, shared):
-        """One warp: K of each tile, or V. With K, in a cluster, this CTA's half of head_dim of the other CTA's keys."""
+    def produce_keys(self, schedule, rings, copies, tensors, shared):
+        """One warp: K and V of each tile. With K, in a cluster, this CTA's half of head_dim of the other CTA's keys."""
         c = self.config
-        at = barriers.producing(stages)
+        k_at, v_at = barriers.producing(c.k_stages), barriers.producing(c.v_stages)
         s_at = barriers.consuming(SCHEDULE_STAGES)
         position = schedule.first()
         together, head_kv, batch = schedule.tiles.tile(position)
         while position < schedule.tiles.length:
             n = self.own_keys(together)
-            before = at.clone()
-            at = TmaSource.of_head(ring, copies[0], tensors[0], shared[0], head_kv, batch).bring(n, at)
-            if cutlass.const_expr(shared[1] is not None):
-                sides = tiles.partition(copies[1], shared[1], tensors[1], head_kv, batch, n % 2)
-                cute.copy(copies[1], sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=ring.producer_get_barrier(before))
+            k, v = (TmaSource.of_head(*x, head_kv, batch) for x in zip(rings, copies[:2], tensors[:2], shared[:2]))
+            before = k_at.clone()
+            k_at = k.bring(n, k_at)
+            if cutlass.const_expr(shared[2] is not None):
+                sides = tiles.partition(copies[2], shared[2], tensors[2], head_kv, batch, n % 2)
+                cute.copy(copies[2], sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=rings[0].producer_get_barrier(before))
+            v_at = v.bring(n, v_at)
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
-        ring.producer_tail(at)
+        rings[0].producer_tail(k_at)
+        rings[1].producer_tail(v_at)
+
+    @cute.jit
+    def keep_turns(self, schedule, mask, turns, queries_per_kv):
+        """One warp, where the order is fixed in which key tiles add to dQ: has the CTA wait for its turn at every tile of queries."""
+        s_at, phase = barriers.consuming(SCHEDULE_STAGES), Int32(0)
+        position = schedule.first()
+        together, head_kv, batch = schedule.tiles.tile(position)
+        cute.arch.griddepcontrol_wait()
+        while position < schedule.tiles.length:
+            m_first, m_stop = self.query_tiles(mask, together)
+            for h in cutlass.range(queries_per_kv, unroll=1):
+                known = Boolean(False)
+                for m in cutlass.range(m_first, m_stop, unroll=1):
+                    turn = self.turn(mask, m, together)
+                    following = self.turn(mask, m + 1, together) if m + 1 < m_stop else -1  # which no count is
+                    known = turns.take(turns.tile(m, head_kv * queries_per_kv + h, batch), turn, known, following, phase)
+                    phase ^= 1
+            position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
 
     def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
         """A consumer warpgroup with its operands laid out."""
@@ -433,7 +462,7 @@ class BackwardKernel:
         return cute.local_tile(shared, (ROWS, *shared.shape[1:]), (index, 0, 0))
 
     @cute.jit
-    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv):
+    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv, tiles_of):
         """One warpgroup: dK and dV of 64 keys of each tile that the CTA gets, and what they add to dQ.
 
         One loop over the tiles of queries of all tiles of keys, as ptxas spills in a loop around the loop: a tile's last queries' dQ is
@@ -446,14 +475,12 @@ class BackwardKernel:
         n, head_kv, batch = schedule.tiles.tile(position)
         m, m_stop = self.query_tiles(t.mask, n)
         heads_left = queries_per_kv
-        place = adder.tile(m, head_kv * queries_per_kv, batch)
+        place = batch * tiles_of[0] + head_kv * tiles_of[1] + m
         k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
         t.k_ring.consumer_wait(k_at)
         before_place, before_turn = place, turn
-        adder.start(t.index, t.thread)
         at = self.step(t, n, m, k_at.index, v_at, None, adder, at)
         going = heads_left > 0
-        adder.note(self.turn(t, m, n), t.index, t.thread)
         while going:
             before_place, before_turn = place, turn
             m += 1
@@ -464,13 +491,13 @@ class BackwardKernel:
                 place += m
                 if heads_left == 0:
                     t.v_ring.consumer_release(barriers.at_turn(c.v_stages, turn))
-                    self.write(t, schedule.tiles.tile(position), adder, outputs, softmax_scale)
+                    self.write(t, (n, head_kv, batch), adder, outputs, softmax_scale)
                     position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
                     going = position < schedule.tiles.length
                     turn += 1
                     m, _ = self.query_tiles(t.mask, n)
                     heads_left = queries_per_kv
-                    place = adder.tile(m, head_kv * queries_per_kv, batch)
+                    place = batch * tiles_of[0] + head_kv * tiles_of[1] + m
                     t.dK.fill(0.0)
                     t.dV.fill(0.0)
                     if going:
@@ -479,15 +506,14 @@ class BackwardKernel:
                 k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
                 k_before = barriers.at_turn(c.k_stages, before_turn)
                 at = self.step(t, n, m, k_at.index, v_at, (k_before.index, before_place), adder, at)
-                adder.note(self.turn(t, m, n), t.index, t.thread)
                 if before_turn != turn:
                     t.k_ring.consumer_release(k_before)
         k_before = barriers.at_turn(c.k_stages, before_turn)
         self.issue_dq(t, k_before.index, barriers.before(at))
         wgmma.wait(0)
         t.k_ring.consumer_release(k_before)
-        self.hand_over(t, before_place, adder)
-        adder.finish(t.index, t.thread)
+        self.hand_over(t, before_place, adder, at)
+        adder.finish()
 
     @cute.jit
     def write(self, t: Consumer, tile, adder, outputs, softmax_scale):
@@ -495,7 +521,7 @@ class BackwardKernel:
         n, head_kv, batch = tile
         dK, dV = outputs
         place = n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread
-        adder.finish(t.index, t.thread)
+        adder.finish()
         dV.write(t.dV, 0, *place, free=True)
         self.scale(t.dK, softmax_scale)
         dK.write(t.dK, 0, *place, free=self.config.outputs_abreast)
@@ -523,7 +549,7 @@ class BackwardKernel:
         round_into(t.P, t.S)
         if cutlass.const_expr(not first and c.dq_before_dp):
             wgmma.wait(0)
-            self.hand_over(t, before[1], adder)
+            self.hand_over(t, before[1], adder, at)
         t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
@@ -531,7 +557,7 @@ class BackwardKernel:
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=not first)
         if cutlass.const_expr(not first and not c.dq_before_dp):
             wgmma.wait(2)
-            self.hand_over(t, before[1], adder)
+            self.hand_over(t, before[1], adder, at)
         delta = wgmma.load_by_columns(t.delta[None, at.index], t.thread)
         wgmma.wait(1)
         self.differentials(t, delta)
@@ -547,10 +573,10 @@ class BackwardKernel:
         at.advance()
         return at
 
-    def hand_over(self, t: Consumer, tile, adder):
-        """dQ of a tile of queries to memory."""
+    def hand_over(self, t: Consumer, tile, adder, at):
+        """dQ of a tile of queries to memory. at: where dS of the next one is, or will be, in its two buffers."""
         if self.config.direct_adds:
-            adder.add(t.dQ, tile, None, t.index, t.thread)
+            adder.add(t.dQ, tile, at.index ^ 1, t.index, t.thread)
         else:
             adder.put(t.dQ, t.index, t.thread)
             self.publish()
@@ -581,13 +607,11 @@ class BackwardKernel:
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
 
-    def turn(self, t, m, n):
-        """How many key tiles add to dQ of query tile m before tile n does, where the order is fixed."""
+    def turn(self, mask, m, together):
+        """How many tiles of keys (a cluster's count as one) add to dQ of query tile m before this one does, where the order is fixed."""
         c = self.config
-        if not c.deterministic:
-            return Int32(0)
-        mask = RightMask(t.mask.causal, c.tile_m, c.tile_n * c.cluster, t.mask.seqlen_q, t.mask.seqlen_k)
-        return mask.key_tiles(m * c.tile_m, c.tile_m)[0] - 1 - n // c.cluster
+        mask = RightMask(mask.causal, c.tile_m, c.tile_n * c.cluster, mask.seqlen_q, mask.seqlen_k)
+        return mask.key_tiles(m * c.tile_m, c.tile_m)[0] - 1 - together
 
     @cute.jit
     def issue_dq(self, t, k_stage, ds_at):

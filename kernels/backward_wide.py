@@ -134,7 +134,7 @@ class WideBackwardKernel(BackwardKernel):
         ]
 
     @cute.jit
-    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv):
+    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv, tiles_of):
         """One warpgroup: dV or dK of the CTA's keys, and half of what they add to dQ."""
         c = self.config
         t = self.consumer(*own, *exchanged)
@@ -147,20 +147,22 @@ class WideBackwardKernel(BackwardKernel):
         t.v_ring.consumer_wait(kv_at)
         t.dX.fill(0.0)
         count = max(m_stop - m_first, 0) * queries_per_kv
-        m, head = m_first, head_kv * queries_per_kv
+        m, tile = m_first, batch * tiles_of[0] + head_kv * tiles_of[1] + m_first
         for i in cutlass.range(count, unroll=1):
             if t.index == 0:
                 self.of_values(t, n, m, q_at, do_at, ds_at)
             else:
                 self.of_keys(t, q_at, do_at, ds_at, p_at)
-            adder.add(t.dQ, adder.tile(m, head, batch), self.turn(t, m, n), t.rank * WARPGROUPS + t.index, t.thread)
+            adder.add(t.dQ, tile, p_at.phase, t.rank * WARPGROUPS + t.index, t.thread)
             q_at.advance()
             do_at.advance()
             ds_at.advance()
             p_at.advance()
             m += 1
+            tile += 1
             if m == m_stop:
-                m, head = m_first, head + 1
+                m = m_first
+                tile += m_first
         cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
         if t.index == 0:
             outputs[1].write(t.dX, 0, n, head_kv, batch, 0, t.thread)

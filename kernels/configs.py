@@ -252,7 +252,7 @@ class BackwardConfig:
     q_stages, do_stages: tiles of Q, and of dO, that are in flight; 2 but at head_dim 256.
     cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
     direct_adds: threads add dQ to memory straight from registers; else TMA does from shared memory, for which head_dim 256 has no room.
-    deterministic: key tiles add to dQ in a fixed order.
+    deterministic: key tiles add to dQ in a fixed order, and so threads do.
     """
 
     dtype: str = "bf16"
@@ -278,8 +278,7 @@ class BackwardConfig:
         one_of("q_stages", stages)
         one_of("do_stages", stages)
         one_of("cluster", (1, 2) if self.wide else (1,))
-        # in a fixed order, threads would have to wait until what they added is there
-        one_of("direct_adds", (True,) if self.wide else (False,) if self.deterministic else (False, True))
+        one_of("direct_adds", (True,) if self.wide or self.deterministic else (False, True))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
@@ -323,7 +322,7 @@ class BackwardConfig:
     @property
     def dq_before_dp(self):
         """Whether dQ leaves its registers before dP takes some, and not while dP is computed: slower, but those that count turns need them."""
-        return self.deterministic and self.head_dim == 64
+        return self.deterministic and self.head_dim == 64 and self.mask == "causal"
 
     @property
     def dq_part(self):
@@ -336,11 +335,6 @@ class BackwardConfig:
     def accumulator_size(self):
         """fp32 numbers of dQ's tile that a thread holds."""
         return self.tile_m * self.head_dim // (2 * WARPGROUP * self.cluster)
-
-    @property
-    def dq_warps(self):
-        """Warps that have a part of dQ's tile each."""
-        return 8 * self.cluster
 
     @property
     def scheduler(self):
@@ -384,13 +378,13 @@ class BackwardConfig:
 
     @property
     def barrier_bytes(self):
-        """mbarriers of the stages of K, V, Q, dO and the schedule, full and empty, and of dS, P and claims; the schedule's slots; what
-        parts/accumulate.py keeps (an Adder's notes, a page of zeros); LSE and delta of the stages; padded.
+        """mbarriers of the stages of K, V, Q, dO and the schedule, full and empty, and of dS, P, claims and turns; the schedule's slots;
+        a page of zeros; LSE and delta of the stages; padded.
         """
         stages = self.q_stages + self.do_stages
         rings = 8 * 2 * (self.k_stages + self.v_stages + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
-        notes, page = 4 * 2 * 8, 4 * 128
-        return -(-(rings + 8 * (self.ds_buffers + 2) + notes + page + 4 * self.tile_m * stages) // 1024) * 1024
+        page = 4 * 128
+        return -(-(rings + 8 * (self.ds_buffers + 4) + page + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):

@@ -1,4 +1,5 @@
-"""What the backward needs beforehand: delta = rowsum(dO ∘ O) and the LSE in powers of 2, a number for each query, and dQ's first zeros.
+"""What the backward needs beforehand: delta = rowsum(dO ∘ O) and the LSE in powers of 2, a number for each query; dQ's first zeros,
+and those of what is counted.
 
 delta: FlashAttention-2 (arXiv 2307.08691), section 3.1, where it is called D.
 """
@@ -9,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from .configs import BackwardConfig
-from .parts import accumulate
+from .parts import accumulate, wgmma
 from .parts.schedule import TileList
 from .parts.softmax import LOG2_E
 
@@ -25,13 +26,13 @@ class DeltaKernel:
         self.config = config
 
     @cute.jit
-    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, counts, ahead, queries_per_kv, stream: cuda.CUstream):
+    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, ahead, queries_per_kv, stream: cuda.CUstream):
         """O, dO: (seqlen_q, head_dim, heads, batch). counts, ahead, queries_per_kv: as accumulate.Zeros has them.
 
         The others as BackwardKernel has them.
         """
         tile_list = TileList.of(False, lse_log2.shape[2] // self.config.tile_m, 1, O.shape[2], O.shape[3], Int32(1))
-        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, counts, ahead, queries_per_kv, tile_list).launch(
+        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, ahead, queries_per_kv, tile_list).launch(
             grid=[tile_list.length, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
         )
 
@@ -44,6 +45,7 @@ class DeltaKernel:
         dq_accum: cute.Tensor,
         lse_log2: cute.Tensor,
         delta: cute.Tensor,
+        turns: cute.Tensor | None,
         counts: cute.Tensor,
         ahead: Int32,
         queries_per_kv: Int32,
@@ -57,6 +59,9 @@ class DeltaKernel:
         if m == 0 and thread == 0:
             of_head = cute.make_tensor(accumulate.count(counts, head, batch), 2)
             of_head.fill(0)
+        if cutlass.const_expr(turns is not None):
+            if thread < c.cluster:
+                turns[batch, head, m * c.cluster + thread] = Int32(0)
 
         lanes = c.head_dim // VECTOR  # of a row
         rows = THREADS // lanes  # at a time
@@ -74,10 +79,11 @@ class DeltaKernel:
                 row = own_rows[i]
                 exists = row < O.shape[0]
                 # exp2(S - inf) is 0: for rows past the end, and for those that see nothing
-                lse_log2[batch, head, row] = lse[i] if exists and lse[i] != -Float32.inf else Float32.inf
-                delta[batch, head, row] = own if exists else Float32(0.0)
+                place = wgmma.place_of_column(row)
+                lse_log2[batch, head, place] = lse[i] if exists and lse[i] != -Float32.inf else Float32.inf
+                delta[batch, head, place] = own if exists else Float32(0.0)
 
-        if batch * (O.shape[2] // queries_per_kv) + head // queries_per_kv < ahead:
+        if batch * (O.shape[2] // queries_per_kv) + head // queries_per_kv < 2 * ahead:
             elements = c.tile_m * c.head_dim
             zeros = cute.make_rmem_tensor(FP32_VECTOR, Float32)
             zeros.fill(0.0)

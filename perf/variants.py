@@ -8,6 +8,7 @@ import fa3
 from fa3 import jit
 from fa3.attention import Launch, device_of
 from fa3.kernels.configs import BackwardConfig, ForwardConfig
+from fa3.launch import allocated
 from fa3.plan import planned, planned_backward
 from fa3.problem import Problem
 from perf import peers
@@ -69,31 +70,15 @@ class BackwardVariant(Variant):
         out, lse = fa3.flash_attn_func(q, k, v, causal=point.causal, return_attn_probs=True)
         gradients = tuple(torch.empty_like(tensor) for tensor in (q, k, v))
         plan = planned_backward(self.config, point, device_of(q.device))
-        workspace, zeroed = workspace_of(plan, q.device)
+        workspace = [None if needed is None else allocated(*needed, q.device) for needed in plan.workspace.values()]
         scale = point.head_dim**-0.5
         kernel = jit.get(self.config)
 
         def launch():
-            for tensor in zeroed:
-                tensor.zero_()
             kernel(q, k, v, out, dout, lse, *gradients, *workspace, scale, plan.sms)
             return gradients
 
         return launch
-
-
-def workspace_of(plan, device):
-    """The workspace of a backward kernel in the order of its arguments, and those tensors that every launch wants zeroed."""
-    workspace, zeroed = [], []
-    for needed in plan.workspace.values():
-        if needed is None:
-            workspace.append(None)
-            continue
-        shape, dtype, zeros = needed
-        workspace.append(torch.empty(shape, dtype=getattr(torch, dtype), device=device))
-        if zeros:
-            zeroed.append(workspace[-1])
-    return workspace, zeroed
 
 
 CONFIGS = {"fwd": ForwardConfig, "bwd": BackwardConfig}

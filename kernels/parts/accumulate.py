@@ -32,7 +32,8 @@ def number_of(sums, elements, m, head, batch):
 
 def tile_of(sums, number, elements):
     """A pointer to a tile."""
-    return (sums.iterator + Int64(number) * elements).align(16)
+    address = sums.iterator.toint() + Int64(number) * (elements * 4)  # as a number: a pointer would lose its alignment
+    return cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=16)
 
 
 def counts_of(dQ):
@@ -50,9 +51,10 @@ def count(counts, head, batch):
 class Zeros:
     """Zeros that the sums begin with, made shortly before they are needed: they are still in the L2 cache then.
 
-    DeltaKernel makes those of the first `ahead` K/V heads' queries. The others are made by the CTAs that have the tiles of keys of the
-    K/V head `ahead` before, each a part. `ahead` heads have at least as many tiles as there are CTAs, so no CTA begins with a tile that it
-    would have to wait for; and a tile's zeros are made by tiles before it in the list, so nobody waits for somebody who waits for him.
+    DeltaKernel makes those of the first 2 * `ahead` K/V heads' queries. The others are made by the CTAs that have the tiles of keys of the
+    K/V head `ahead` before, each a part. The first `ahead` heads have all the tiles that CTAs begin with: the others are claimed, so that
+    those who make zeros are running. And a tile's zeros are made by tiles before it in the list, so nobody waits for somebody who waits
+    for him.
     """
 
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
@@ -75,7 +77,7 @@ class Zeros:
         """A warp: the part that goes with a tile of keys."""
         group, part = divmod(position, self.tiles.group_tiles)
         group += self.ahead
-        if group * self.tiles.query_tiles < self.tiles.length:
+        if group >= 2 * self.ahead and group * self.tiles.query_tiles < self.tiles.length:
             pages = self.queries_per_kv * (self.sums.shape[2] // PAGE)
             of_part = cute.ceil_div(pages, self.tiles.query_tiles)
             first = part * of_part
@@ -93,7 +95,7 @@ class Zeros:
     def await_those_of(self, position):
         """A warp: waits until a tile of keys can be begun."""
         group, _ = divmod(position, self.tiles.group_tiles)
-        if group >= self.ahead:
+        if group >= 2 * self.ahead:
             if cute.arch.lane_idx() == 0:
                 await_count(self.count_of(group), self.tiles.query_tiles)
             cute.arch.sync_warp()
@@ -104,37 +106,55 @@ class Zeros:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """Who adds to a tile when, where the order is fixed: kept by a warp of its own, so that the others wait for shared memory only."""
+
+    counts: cute.Tensor  # (batch, heads, tiles · parts) int32, zeros at first: how many have added
+    granted: cute.Pointer  # mbarriers: it is this CTA's turn, and its warps have added
+    added: cute.Pointer
+    parts: Constexpr[int]  # of a tile that are counted, each the part of one CTA of a cluster
+    part: Int32  # which this CTA has
+
+    @cute.jit
+    def take(self, tile, turn, known, following, phase):
+        """A warp: has what the CTA computes next added to a tile, once `turn` others have added to it.
+
+        known: whether they have, as found out before. Returns whether so many as `following` have added to the tile after it: the answer
+        is on its way while this CTA adds.
+        """
+        seen = Int32(-1)
+        if cute.arch.lane_idx() == 0:
+            count = self.counts.iterator.toint() + (Int64(tile) * self.parts + self.part) * 4
+            if not known:
+                await_count(count, turn)
+            cute.arch.mbarrier_arrive(self.granted)
+            seen = glance(count + 4 * self.parts if following >= 0 else count)
+            cute.arch.mbarrier_wait(self.added, phase)
+            # what other threads have added comes before, as they arrived at `added`; and what `seen` tells of comes before what follows
+            cute.arch.fence_acq_rel_gpu()
+            cute.arch.inline_ptx("red.relaxed.gpu.global.add.s32 [{$r0}], 1;", read_only_args=[count])
+        cute.arch.sync_warp()
+        return seen == following
+
+    def tile(self, m, head, batch):
+        """The number that `take` knows tile m of a head by."""
+        return number_of(self.counts, self.parts, m, head, batch)
+
+
+@dataclass(frozen=True)
 class Adder:
-    """Adds accumulators, a warp its part on its own: through shared memory, from where TMA adds it to global memory."""
+    """Adds accumulators, a warp its part on its own: its threads from registers (`add`), or TMA from shared memory (`put` and `send`)."""
 
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
     shared: cute.Tensor | None  # (elements of a tile); None where there is no room, for `add`
-    turns: cute.Tensor | None  # (batch, heads, tiles · warps of one) int32 zeros: how many have added, if they do so in order
-    # (2, warps of this CTA) shared memory, where they add in order: each one's next turn, and the counter it has yet to count up, or -1
-    notes: cute.Tensor | None
+    turns: Turns | None  # where they add in order, for `add`
     elements: Constexpr[int]  # of a tile
     size: Constexpr[int]  # of a thread's accumulator
 
     @cute.jit
-    def start(self, index, thread):
-        """Each warp, before anything else."""
-        warp = self.warp(index, thread)
-        if cutlass.const_expr(self.notes is not None):
-            if cute.arch.lane_idx() == 0:
-                self.notes[1, warp] = Int32(-1)
-
-    @cute.jit
-    def note(self, turn, index, thread):
-        """When the next `send` may add: once so many others have added to that tile. Kept in shared memory, as registers are few."""
-        warp = self.warp(index, thread)
-        if cutlass.const_expr(self.notes is not None):
-            if cute.arch.lane_idx() == 0:
-                self.notes[0, warp] = turn
-
-    @cute.jit
     def put(self, acc: cute.Tensor, index, thread):
         """The accumulator of warpgroup `index` into shared memory, which `send` takes it from, once it is fenced."""
-        self.finish(index, thread)
+        self.finish()
         own = self.own(index, thread)[None, None, thread % WARP]
         cute.autovec_copy(cute.make_tensor(acc.iterator, own.shape), own)
 
@@ -143,55 +163,29 @@ class Adder:
         """Starts the addition of what was put to a tile. A fence, and all lanes, must have come between."""
         warp, own = self.warp(index, thread), self.own(index, thread)  # by shuffles, in which all lanes must take part
         if cute.arch.lane_idx() == 0:
-            if cutlass.const_expr(self.turns is not None):
-                number = tile * self.warps + warp
-                await_count(self.counter(number), self.notes[0, warp])
-                self.notes[1, warp] = number
             target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)
             add_bulk(target.iterator, own.iterator, WARP * self.size)
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def add(self, acc: cute.Tensor, tile, turn, index, thread):
-        """The accumulator straight from registers to a tile. turn: how many others add to it before, where they do so in order."""
+    def add(self, acc: cute.Tensor, tile, phase, index, thread):
+        """The accumulator straight from registers to a tile. phase: of the turns' mbarriers, where they add in order."""
         warp, lane = self.warp(index, thread), thread % WARP
-        counter = Int64(0)
         if cutlass.const_expr(self.turns is not None):
-            counter = self.counter(tile * self.warps + warp)
-            if lane == 0:
-                await_count(counter, turn)
-            cute.arch.sync_warp()
+            cute.arch.mbarrier_wait(self.turns.granted, phase)
         target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)[None, None, lane]
         for j in cutlass.range_constexpr(self.size // VECTOR):
             add_vector(target[None, j].iterator, [wgmma.flat(acc)[VECTOR * j + i] for i in range(VECTOR)])
         if cutlass.const_expr(self.turns is not None):
-            cute.arch.fence_acq_rel_gpu()
             cute.arch.sync_warp()
-            if lane == 0:
-                count_up(counter)
+            if cute.arch.lane_idx() == 0:
+                cute.arch.mbarrier_arrive(self.turns.added)
 
     @cute.jit
-    def finish(self, index, thread):
-        """Waits until the shared memory that this warp adds from is free again; where they add in order, until it has been added."""
-        if cutlass.const_expr(self.turns is None):
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-        else:
-            warp = self.warp(index, thread)
-            if cute.arch.lane_idx() == 0:
-                cute.arch.cp_async_bulk_wait_group(0)
-                number = self.notes[1, warp]
-                if number >= 0:
-                    count_up(self.counter(number))
-                self.notes[1, warp] = Int32(-1)
+    def finish(self):
+        """Waits until the shared memory that this warp adds from is free again."""
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.sync_warp()
-
-    def tile(self, m, head, batch):
-        """The number that `send` and `add` know tile m of a head by."""
-        return number_of(self.sums, self.elements, m, head, batch)
-
-    def counter(self, number):
-        """Address of the count of a warp's part of a tile; those are counted through all tiles."""
-        return self.turns.iterator.toint() + Int64(number) * 4
 
     def own(self, index, thread):
         """A warp's shared memory, as by_vectors has it."""
@@ -200,11 +194,6 @@ class Adder:
     def warp(self, index, thread):
         """Which of a tile's warps this is."""
         return index * WARPS + cute.arch.make_warp_uniform(thread // WARP)
-
-    @property
-    def warps(self):
-        """That a tile has."""
-        return self.elements // (WARP * self.size)
 
 
 def await_count(address, count):
@@ -219,6 +208,13 @@ def await_count(address, count):
             @other bra again;
         }""",
         read_only_args=[address, count],
+    )
+
+
+def glance(address):
+    """A counter's value by now. A fence must follow before what is known by it is used."""
+    return cute.arch.inline_ptx(
+        "ld.relaxed.gpu.global.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address]
     )
 
 

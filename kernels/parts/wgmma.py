@@ -71,13 +71,19 @@ def flat(fragment):
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
 
 
+def place_of_column(column):
+    """Where `load_by_columns` looks for a column's number: four of a thread's columns, of two groups of eight, lie side by side."""
+    within = column % 16
+    return column - within + within % 8 // 2 * 4 + within // 8 * 2 + within % 2
+
+
 @cute.jit
 def load_by_columns(numbers: cute.Tensor, thread):
     """(2, N/8) in registers: of one fp32 number for each column of an accumulator, in shared memory, those of this thread's columns."""
-    own = cute.make_layout((2, cute.size(numbers) // 8), stride=(1, 8))
+    own = cute.make_layout((4, cute.size(numbers) // 16), stride=(1, 16))
     loaded = cute.make_rmem_tensor(own.shape, numbers.element_type)
-    cute.autovec_copy(cute.make_tensor(numbers.iterator + 2 * (thread % 4), own), loaded)
-    return loaded
+    cute.autovec_copy(cute.make_tensor(numbers.iterator + 4 * (thread % 4), own), loaded)
+    return cute.make_tensor(loaded.iterator, cute.make_layout((2, cute.size(numbers) // 8)))
 
 
 def columns(fragment, part, parts):

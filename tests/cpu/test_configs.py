@@ -157,7 +157,7 @@ def test_what_is_accepted_backward_fits_an_sm():
         assert c.threads * c.entry_registers <= 65536, c
         assert sum(r * n for r, n in zip(c.registers, (128, 256))) <= c.threads * c.entry_registers, c
         # what dQ's sum is made of: every number of a tile is in one thread's accumulator, and moves 16 bytes at a time
-        assert c.accumulator_size * 32 * c.dq_warps == c.tile_m * c.head_dim and c.accumulator_size % 4 == 0, c
+        assert c.accumulator_size * 256 * c.cluster == c.tile_m * c.head_dim and c.accumulator_size % 4 == 0, c
         # the kernel before moves 16 bytes a thread, 256 threads at a time, and a tile's LSE is copied in pieces of 16 bytes
         assert c.tile_m % (256 * 8 // c.head_dim) == 0 and c.tile_m * c.head_dim % (256 * 4) == 0 and c.tile_m * 4 % 16 == 0, c
 
@@ -179,7 +179,7 @@ def test_what_is_accepted_backward_fits_an_sm():
         (dict(do_stages=3), r"do_stages must be one of \(2,\), got 3"),
         (dict(head_dim=256, tile_n=64, q_stages=5), "q_stages must be one of .*4.*, got 5"),
         (dict(tile_m=80), r"tile_m must be one of \(16, 32, 48, 64\), got 80"),
-        (dict(direct_adds=True, deterministic=True), r"direct_adds must be one of \(False,\), got True"),
+        (dict(direct_adds=False, deterministic=True), r"direct_adds must be one of \(True,\), got False"),
         (dict(head_dim=256, tile_n=64), r"direct_adds must be one of \(True,\), got False"),
         (dict(direct_adds=1.5), r"direct_adds must be one of \(False, True\), got 1.5"),
     ],

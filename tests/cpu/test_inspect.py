@@ -30,7 +30,7 @@ OTHERS = [  # configs that nobody ships, for the formulas
     ForwardConfig(warp_specialised=False, pingpong=False, scheduler="persistent", q_in_registers=True),
     BackwardConfig(tile_m=48, mask="causal"),
     BackwardConfig(tile_m=64, direct_adds=True),
-    BackwardConfig(head_dim=64, tile_m=128, deterministic=True, mask="causal"),
+    BackwardConfig(head_dim=64, tile_m=128, direct_adds=True, deterministic=True, mask="causal"),
     BackwardConfig(head_dim=256, tile_m=64, tile_n=64, cluster=2, do_stages=1, direct_adds=True, mask="causal"),
 ]
 
