@@ -119,14 +119,17 @@ class BackwardKernel:
             load_other_k, other_K = tiles.tma_load(K, half_layout, c.tile_n, c.head_dim // 2)
         (store_dk, mdK), (store_dv, mdV) = (tiles.tma_store(x, self.out_layout(), WARP_ROWS, c.head_dim) for x in (dK, dV))
         key_tiles = cute.ceil_div(K.shape[0], c.tile_n * c.cluster)
-        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], Int32(1))
+        head_group = Int32(1)
+        if cutlass.const_expr(c.deterministic):
+            head_group = max(1, sms // (key_tiles * c.cluster))  # a head's CTAs add one after the other, so they should start so
+        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], head_group)
         ctas = tile_list.length if c.scheduler == "single" else min(tile_list.length, sms)
         queries_per_kv = Q.shape[2] // K.shape[2]
-        ahead = cute.ceil_div(ctas, key_tiles)  # K/V heads: those whose queries DeltaKernel makes zeros for
+        ahead = cute.ceil_div(ctas, key_tiles * head_group)
         counts = accumulate.counts_of(dQ)
         query_tiles = lse_log2.shape[2] // c.tile_m
         tiles_of = Q.shape[2] * query_tiles, queries_per_kv * query_tiles
-        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, ahead, queries_per_kv, stream)
+        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, 2 * ahead * head_group, queries_per_kv, stream)
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = mQ, mdO, mK, mV, other_K, mdK, mdV
         layouts = q_layout, do_layout, k_layout, v_layout, ds_layout

@@ -26,13 +26,15 @@ class DeltaKernel:
         self.config = config
 
     @cute.jit
-    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, ahead, queries_per_kv, stream: cuda.CUstream):
-        """O, dO: (seqlen_q, head_dim, heads, batch). counts, ahead, queries_per_kv: as accumulate.Zeros has them.
+    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, zeroed, queries_per_kv, stream: cuda.CUstream):
+        """O, dO: (seqlen_q, head_dim, heads, batch). counts, queries_per_kv: as accumulate.Zeros has them.
+
+        zeroed: K/V heads, from the first of all: those whose queries' part of dq_accum is set to zero.
 
         The others as BackwardKernel has them.
         """
         tile_list = TileList.of(False, lse_log2.shape[2] // self.config.tile_m, 1, O.shape[2], O.shape[3], Int32(1))
-        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, ahead, queries_per_kv, tile_list).launch(
+        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, zeroed, queries_per_kv, tile_list).launch(
             grid=[tile_list.length, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
         )
 
@@ -47,7 +49,7 @@ class DeltaKernel:
         delta: cute.Tensor,
         turns: cute.Tensor | None,
         counts: cute.Tensor,
-        ahead: Int32,
+        zeroed: Int32,
         queries_per_kv: Int32,
         tile_list: TileList,
     ):
@@ -83,7 +85,7 @@ class DeltaKernel:
                 lse_log2[batch, head, place] = lse[i] if exists and lse[i] != -Float32.inf else Float32.inf
                 delta[batch, head, place] = own if exists else Float32(0.0)
 
-        if batch * (O.shape[2] // queries_per_kv) + head // queries_per_kv < 2 * ahead:
+        if batch * (O.shape[2] // queries_per_kv) + head // queries_per_kv < zeroed:
             elements = c.tile_m * c.head_dim
             zeros = cute.make_rmem_tensor(FP32_VECTOR, Float32)
             zeros.fill(0.0)

@@ -51,10 +51,10 @@ def count(counts, head, batch):
 class Zeros:
     """Zeros that the sums begin with, made shortly before they are needed: they are still in the L2 cache then.
 
-    DeltaKernel makes those of the first 2 * `ahead` K/V heads' queries. The others are made by the CTAs that have the tiles of keys of the
-    K/V head `ahead` before, each a part. The first `ahead` heads have all the tiles that CTAs begin with: the others are claimed, so that
-    those who make zeros are running. And a tile's zeros are made by tiles before it in the list, so nobody waits for somebody who waits
-    for him.
+    They are counted by groups of K/V heads that are worked on together. DeltaKernel makes those of the first 2 * `ahead` groups' queries.
+    The others are made by the CTAs that have the tiles of keys of the group `ahead` before, each a part. The first `ahead` groups have all
+    the tiles that CTAs begin with: the others are claimed, so that those who make zeros are running. And a tile's zeros are made by tiles
+    before it in the list, so nobody waits for somebody who waits for him.
     """
 
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
@@ -75,13 +75,15 @@ class Zeros:
     @cute.jit
     def make(self, position):
         """A warp: the part that goes with a tile of keys."""
-        group, part = divmod(position, self.tiles.group_tiles)
+        t = self.tiles
+        group, part = divmod(position, t.group_tiles)
         group += self.ahead
-        if group >= 2 * self.ahead and group * self.tiles.query_tiles < self.tiles.length:
-            pages = self.queries_per_kv * (self.sums.shape[2] // PAGE)
-            of_part = cute.ceil_div(pages, self.tiles.query_tiles)
+        if group >= 2 * self.ahead and group <= t.last_group:
+            of_head = self.queries_per_kv * (self.sums.shape[2] // PAGE)
+            pages = of_head * (t.last_heads.divisor if group == t.last_group else t.group_heads.divisor)
+            of_part = cute.ceil_div(pages, t.group_tiles.divisor)
             first = part * of_part
-            target = self.sums.iterator + Int64(group) * pages * PAGE
+            target = self.sums.iterator + Int64(group * t.group_heads.divisor) * of_head * PAGE
             for i in cutlass.range(first + cute.arch.lane_idx(), min(first + of_part, pages), WARP, unroll=1):
                 store_bulk((target + Int64(i) * PAGE).toint(), self.page.iterator, PAGE)
             cute.arch.cp_async_bulk_commit_group()
@@ -97,11 +99,11 @@ class Zeros:
         group, _ = divmod(position, self.tiles.group_tiles)
         if group >= 2 * self.ahead:
             if cute.arch.lane_idx() == 0:
-                await_count(self.count_of(group), self.tiles.query_tiles)
+                await_count(self.count_of(group), self.tiles.group_tiles.divisor)
             cute.arch.sync_warp()
 
     def count_of(self, group):
-        batch, head_kv = divmod(group, self.tiles.heads)
+        batch, head_kv = divmod(group * self.tiles.group_heads.divisor, self.tiles.heads)
         return count(self.counts, head_kv * self.queries_per_kv, batch).toint()
 
 
