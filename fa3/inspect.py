@@ -22,7 +22,7 @@ from .parallel import map_configs
 from .terminal import show_table
 
 # Instructions of interest (the first parts of a SASS mnemonic); matrix instructions are counted apart from these.
-COUNTED = ("UTMALDG", "UTMASTG", "UBLKRED", "REDG", "MUFU.EX2", "LDL", "STL", "USETMAXREG", "WARPGROUP.DEPBAR", "R2P")
+COUNTED = ("UTMALDG", "UTMASTG", "REDG", "MUFU.EX2", "LDL", "STL", "USETMAXREG", "WARPGROUP.DEPBAR", "R2P")
 WGMMA = ("HGMMA", "QGMMA")  # Hopper's matrix instructions: fp16 and bf16; fp8
 MATRIX = {"fp16": ("HGMMA", "HMMA"), "bf16": ("HGMMA", "HMMA")}  # dtype -> matrix instructions of a warpgroup and of a warp
 MMA_K = {"fp16": 16, "bf16": 16}  # what one of them sums over (PTX ISA, wgmma.mma_async and mma.sync shapes)
@@ -39,7 +39,7 @@ class Predicted:
     setmaxnreg: tuple  # registers of a (producer, consumer) thread afterwards
     shared: int  # bytes of dynamic shared memory
     threads: int
-    adds: str | None  # the instruction that adds to what other CTAs have summed up in memory: TMA's, or a thread's
+    adds: str | None  # the instruction by which threads add to what other CTAs have summed up in memory
 
     @classmethod
     def of(cls, config):
@@ -49,7 +49,7 @@ class Predicted:
             setmaxnreg=tuple(config.registers),
             shared=config.shared_memory,
             threads=config.threads,
-            adds=("REDG" if config.direct_adds else "UBLKRED") if config.family == "backward" else None,
+            adds="REDG" if config.family == "backward" else None,
         )
 
 
@@ -81,12 +81,12 @@ def expected_wgmmas(config):
     Forward: S = Q Kᵀ sums over head_dim, O += P V over tile_n. S stands there for a tile's first keys and in the loop, O in the loop and for a tile's last keys. With overlap, both once
     more for the passage from one tile to the next, where a CTA has several, and for the loop over the keys that a causal mask cuts.
     Backward: S and dP sum over head_dim, dV and dK over tile_m, dQ over tile_n. All stand there for a CTA's first tile of queries
-    and in the loop, but that dQ follows a tile later, so in the loop and at the end. At head_dim 256 they stand in the loop, but dQ
-    twice, in each warpgroup's part of it, and for the keys of each CTA of a cluster.
+    and in the loop, but that dQ follows a tile later, so in the loop and at the end. At head_dim 256 dQ stands in the loop twice, in
+    each warpgroup's part of it, and everywhere for the keys of each CTA of a cluster.
     """
     k = MMA_K[config.dtype]
     if config.family == "backward" and config.wide:
-        return 2 * (config.head_dim // k + config.tile_m // k + config.cluster * config.tile_n // k)
+        return 4 * (config.head_dim // k + config.tile_m // k) + 3 * config.cluster * config.tile_n // k
     if config.family == "backward":
         return 2 * (2 * config.head_dim // k + 2 * config.tile_m // k + config.tile_n // k)
     copies = 2 + (config.overlap and config.scheduler != "single") + (config.overlap and config.mask == "causal")
@@ -231,7 +231,6 @@ COLUMNS = {  # of the table: header -> what stands there
     "DEPBAR": lambda r: r.counts["WARPGROUP.DEPBAR"],
     "UTMALDG": lambda r: r.counts["UTMALDG"],
     "UTMASTG": lambda r: r.counts["UTMASTG"],
-    "UBLKRED": lambda r: r.counts["UBLKRED"],
     "REDG": lambda r: r.counts["REDG"],
     "EX2": lambda r: r.counts["MUFU.EX2"],
     "R2P": lambda r: r.counts["R2P"],

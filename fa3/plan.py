@@ -142,12 +142,12 @@ def head_group(problem, device):
 # (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and
 # perf/results/2026-11-26-paper-bwd-h100.json how fast it is.
 BACKWARD = {
-    (64, "none"): dict(tile_m=128),
-    (64, "causal"): dict(tile_m=128, direct_adds=True),
-    (128, "none"): dict(tile_m=64, direct_adds=True),
-    (128, "causal"): dict(tile_m=64, direct_adds=True),
-    (256, "none"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1, direct_adds=True),
-    (256, "causal"): dict(tile_m=64, tile_n=64, cluster=2, do_stages=1, direct_adds=True),
+    (64, "none"): dict(tile_m=128, dq_leaves_beside="dK"),
+    (64, "causal"): dict(tile_m=128, dq_beside="dP", dq_leaves_beside="dK"),
+    (128, "none"): dict(),
+    (128, "causal"): dict(),
+    (256, "none"): dict(tile_n=64, cluster=2, do_stages=1),
+    (256, "causal"): dict(tile_n=64, cluster=2, do_stages=1),
 }
 
 
@@ -201,10 +201,7 @@ def planned_backward(config, problem, device):
 
 
 def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:
-    row = BACKWARD[head_dim, mask]
-    if deterministic:
-        row = {**row, "direct_adds": True}
-    return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **row)
+    return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **BACKWARD[head_dim, mask])
 
 
 def shipped(family="forward"):

@@ -6,7 +6,7 @@ registers. It walks over the queries that see its keys, of all query heads of th
 P = exp(S - LSE), dP = dO Vᵀ, dS = P ∘ (dP - delta), dV = Pᵀ dO, dK = dSᵀ Q, dQ = dS K.
 
 S and dP are computed transposed, keys by queries: so P and dS are, in registers, the operands that dV and dK need, and only dQ,
-a sum over keys, takes dS from shared memory. dQ is also a sum over CTAs: they add to it in global memory, in fp32.
+a sum over keys, takes dS from shared memory. dQ is also a sum over CTAs: threads add to it in global memory, in fp32.
 """
 
 from dataclasses import dataclass
@@ -209,9 +209,9 @@ class BackwardKernel:
         s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
         shared = [self.allocate(smem, layout) for layout in layouts]
         sQ, sdO, sK, sV, sdS = shared
-        sdQ, sP, s_other_k = None, None, None
-        if cutlass.const_expr(c.tile_bytes["dQ"] > 0):
-            sdQ = smem.allocate_tensor(Float32, cute.make_layout(c.tile_m * c.head_dim), byte_alignment=1024)
+        s_out, sP, s_other_k = None, None, None
+        if cutlass.const_expr(c.tile_bytes["out"] > 0):
+            s_out = smem.allocate_tensor(Int32, cute.make_layout(c.tile_bytes["out"] // 4), byte_alignment=1024)
         if cutlass.const_expr(c.tile_bytes["P"] > 0):
             sP = smem.allocate_tensor(Int32, cute.make_layout(c.tile_bytes["P"] // 4), byte_alignment=128)
 
@@ -263,8 +263,8 @@ class BackwardKernel:
                 self.claim(schedule, near_end, zeros)
         else:
             cute.arch.setmaxregister_increase(c.registers[1])
-            outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, sdQ)
-            adder = accumulate.Adder(dq_accum, sdQ, turns, c.tile_m * c.head_dim, c.accumulator_size)
+            outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, s_out)
+            adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
             rings = q_ring, do_ring, k_ring, v_ring
             exchanged = (*rings, ds_full, p_full), (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
@@ -277,15 +277,15 @@ class BackwardKernel:
         c = self.config
         return tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS)
 
-    def outputs(self, stores, tensors, sK, sV, sdQ):
-        """What takes dK and dV to memory: each warp through its own part of where dQ leaves from, side by side or one after the other."""
+    def outputs(self, stores, tensors, sK, sV, s_out):
+        """What takes dK and dV to memory: each warp through its own part of s_out, side by side or one after the other."""
         c = self.config
         layout = self.out_layout()
         abreast = 1 + c.outputs_abreast
         place = WARP_ROWS * c.head_dim
         shape, stride = layout.outer.shape[:2], layout.outer.stride[:2]
         by_warp = cute.make_layout((*shape, c.tile_n // WARP_ROWS, 1), stride=(*stride, place * abreast, 0))
-        memory = cute.recast_ptr(sdQ.iterator, layout.inner, dtype=self.dtype)
+        memory = cute.recast_ptr(s_out.iterator, layout.inner, dtype=self.dtype)
         return [
             StagedOutput(store, cute.make_tensor(memory + i * (abreast - 1) * place, by_warp), tensor, WARPGROUPS, 1)
             for i, (store, tensor) in enumerate(zip(stores, tensors))
@@ -494,7 +494,7 @@ class BackwardKernel:
                 place += m
                 if heads_left == 0:
                     t.v_ring.consumer_release(barriers.at_turn(c.v_stages, turn))
-                    self.write(t, (n, head_kv, batch), adder, outputs, softmax_scale)
+                    self.write(t, (n, head_kv, batch), outputs, softmax_scale)
                     position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
                     going = position < schedule.tiles.length
                     turn += 1
@@ -516,16 +516,15 @@ class BackwardKernel:
         wgmma.wait(0)
         t.k_ring.consumer_release(k_before)
         self.hand_over(t, before_place, adder, at)
-        adder.finish()
+        outputs[0].finish()
 
     @cute.jit
-    def write(self, t: Consumer, tile, adder, outputs, softmax_scale):
+    def write(self, t: Consumer, tile, outputs, softmax_scale):
         """dK and dV of a tile, complete, on their way to memory."""
         n, head_kv, batch = tile
         dK, dV = outputs
         place = n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread
-        adder.finish()
-        dV.write(t.dV, 0, *place, free=True)
+        dV.write(t.dV, 0, *place)
         self.scale(t.dK, softmax_scale)
         dK.write(t.dK, 0, *place, free=self.config.outputs_abreast)
 
@@ -541,49 +540,56 @@ class BackwardKernel:
         t.q_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.S, K, t.Q[None, None, None, at.index], accumulate=False)
         lse = wgmma.load_by_columns(t.lse_log2[None, at.index], t.thread)
-        if cutlass.const_expr(first):
-            wgmma.wait(0)
-        else:
-            self.issue_dq(t, before[0], barriers.before(at))
-            wgmma.wait(1)
+        wgmma.wait(self.dq_issued("S", t, before, at))
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
         self.exponentials(t, lse)
         round_into(t.P, t.S)
-        if cutlass.const_expr(not first and c.dq_before_dp):
-            wgmma.wait(0)
-            self.hand_over(t, before[1], adder, at)
         t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
         dO, Q = t.dO_of_dV[None, None, None, at.index], t.Q_of_dK[None, None, None, at.index]
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=not first)
-        if cutlass.const_expr(not first and not c.dq_before_dp):
+        if cutlass.const_expr(not first and c.dq_leaves_beside == "dP"):
             wgmma.wait(2)
             self.hand_over(t, before[1], adder, at)
         delta = wgmma.load_by_columns(t.delta[None, at.index], t.thread)
-        wgmma.wait(1)
+        wgmma.wait(1 + self.dq_issued("dP", t, before, at))
         self.differentials(t, delta)
         round_into(t.dS, t.dP)
         wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, at.index], t.thread, transposed=True)
         self.publish()
-        if cute.arch.lane_idx() == 0:
-            cute.arch.mbarrier_arrive(t.ds_full + at.index)
+        if cutlass.const_expr(c.dq_beside == "S"):
+            self.say_ds_is_there(t, at)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=not first)
+        if cutlass.const_expr(c.dq_beside == "dP"):
+            wgmma.wait(1)  # for dQ
+            self.say_ds_is_there(t, at)
+        if cutlass.const_expr(not first and c.dq_leaves_beside == "dK"):
+            self.hand_over(t, before[1], adder, at)
         wgmma.wait(0)
         t.do_ring.consumer_release(at)
         t.q_ring.consumer_release(at)
         at.advance()
         return at
 
+    @cute.jit
+    def dq_issued(self, beside: Constexpr[str], t: Consumer, before, at):
+        """If its place is beside this, dQ of the tile before is in flight. Returns how many groups of WGMMAs that are."""
+        here = self.config.dq_beside == beside and before is not None
+        if cutlass.const_expr(here):
+            self.issue_dq(t, before[0], barriers.before(at))
+        return int(here)
+
+    @cute.jit
+    def say_ds_is_there(self, t: Consumer, at):
+        """Not before this warpgroup has done with dQ of the tile before: the other one takes it that the buffer of dS is free again."""
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(t.ds_full + at.index)
+
     def hand_over(self, t: Consumer, tile, adder, at):
         """dQ of a tile of queries to memory. at: where dS of the next one is, or will be, in its two buffers."""
-        if self.config.direct_adds:
-            adder.add(t.dQ, tile, at.index ^ 1, t.index, t.thread)
-        else:
-            adder.put(t.dQ, t.index, t.thread)
-            self.publish()
-            adder.send(tile, t.index, t.thread)
+        adder.add(t.dQ, tile, at.index ^ 1, t.index, t.thread)
 
     @cute.jit
     def scale(self, acc: cute.Tensor, factor):

@@ -126,7 +126,7 @@ class WideBackwardKernel(BackwardKernel):
             dX=accumulator(gradient, c.head_dim),
         )
 
-    def outputs(self, stores, tensors, sK, sV, sdQ):
+    def outputs(self, stores, tensors, sK, sV, s_out):
         """What takes dK and dV to memory: from where K and V were, which nobody needs when they are complete."""
         return [
             StagedOutput.in_memory(store, memory, self.out_layout(), 1, 0, tensor, self.config.tile_n // ROWS, 1)
@@ -145,15 +145,12 @@ class WideBackwardKernel(BackwardKernel):
         ds_at, p_at, kv_at = barriers.consuming(c.ds_buffers), barriers.consuming(1), barriers.consuming(1)
         t.k_ring.consumer_wait(kv_at)
         t.v_ring.consumer_wait(kv_at)
-        t.dX.fill(0.0)
-        count = max(m_stop - m_first, 0) * queries_per_kv
+        count = (m_stop - m_first) * queries_per_kv  # at least 1, as a tile has keys that the last query sees
         m, tile = m_first, batch * tiles_of[0] + head_kv * tiles_of[1] + m_first
-        for i in cutlass.range(count, unroll=1):
-            if t.index == 0:
-                self.of_values(t, n, m, q_at, do_at, ds_at)
-            else:
-                self.of_keys(t, q_at, do_at, ds_at, p_at)
-            adder.add(t.dQ, tile, p_at.phase, t.rank * WARPGROUPS + t.index, t.thread)
+        part = t.rank * WARPGROUPS + t.index
+        self.step(t, n, m, None, adder, part, q_at, do_at, ds_at, p_at)
+        for i in cutlass.range(1, count, unroll=1):
+            before = tile
             q_at.advance()
             do_at.advance()
             ds_at.advance()
@@ -163,6 +160,10 @@ class WideBackwardKernel(BackwardKernel):
             if m == m_stop:
                 m = m_first
                 tile += m_first
+            self.step(t, n, m, before, adder, part, q_at, do_at, ds_at, p_at)
+        self.issue_dq(t, ds_at)
+        wgmma.wait(0)
+        adder.add(t.dQ, tile, p_at.phase, part, t.thread)
         cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
         if t.index == 0:
             outputs[1].write(t.dX, 0, n, head_kv, batch, 0, t.thread)
@@ -174,51 +175,77 @@ class WideBackwardKernel(BackwardKernel):
         t.v_ring.consumer_release(kv_at)
 
     @cute.jit
-    def of_values(self, t: Consumer, n, m, q_at, do_at, ds_at):
-        """The first warpgroup, one tile of queries: S, P, dV, and its half of dQ."""
+    def step(self, t: Consumer, n, m, before, adder, part, q_at, do_at, ds_at, p_at):
+        """A tile of queries; and dQ of the tile before, `before` its number or None, as all of dS is there by now.
+
+        part: of dQ's tile, which this warpgroup has.
+        """
+        if t.index == 0:
+            self.of_values(t, n, m, before, q_at, do_at, ds_at)
+            self.finish_step(t, before, adder, part, p_at)
+            t.do_ring.consumer_release(do_at)
+        else:
+            self.of_keys(t, before, q_at, do_at, ds_at, p_at)
+            self.finish_step(t, before, adder, part, p_at)
+            t.q_ring.consumer_release(q_at)
+
+    @cute.jit
+    def finish_step(self, t: Consumer, before, adder, part, p_at):
+        """Adds dQ of the tile before while dV, or dK, is computed, and waits for that."""
+        if cutlass.const_expr(before is not None):
+            adder.add(t.dQ, before, p_at.phase ^ 1, part, t.thread)
+        wgmma.wait(0)
+
+    @cute.jit
+    def of_values(self, t: Consumer, n, m, before, q_at, do_at, ds_at):
+        """The first warpgroup, one tile of queries: S, P, dV, which is in flight then, and its half of dQ of the tile before."""
         c = self.config
         t.q_ring.consumer_wait(q_at)
         wgmma.issue(t.scores, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)
         lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
-        wgmma.wait(0)
+        self.finish_scores(t, before, ds_at)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n, m * c.tile_m, t.thread)
         self.exponentials(t, lse)
         round_into(t.P, t.S)
+        t.do_ring.consumer_wait(do_at)  # dP needs it too; and here it keeps the compiler from waiting for dQ before it computes P
+        wgmma.wait(0)
         cute.autovec_copy(self.pairs(t, t.P), t.sP)
         self.arrive(t.p_full)
-        t.do_ring.consumer_wait(do_at)
         dO = t.dO_of_dV[None, None, None, do_at.index]
-        wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True)
+        wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=before is not None)
         t.q_ring.consumer_release(q_at)  # not before a WGMMA that waits for P, and so for the load of LSE
-        self.issue_dq(t, ds_at)
-        wgmma.wait(c.cluster)
-        t.do_ring.consumer_release(do_at)
-        wgmma.wait(0)
 
     @cute.jit
-    def of_keys(self, t: Consumer, q_at, do_at, ds_at, p_at):
-        """The second warpgroup, one tile of queries: dP, dS, dK, and its half of dQ."""
+    def of_keys(self, t: Consumer, before, q_at, do_at, ds_at, p_at):
+        """The second warpgroup, one tile of queries: dP, dS, dK, which is in flight then, and its half of dQ of the tile before."""
         c = self.config
         t.do_ring.consumer_wait(do_at)
         wgmma.issue(t.scores, t.S, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
         delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
+        self.finish_scores(t, before, ds_at)
         cute.arch.mbarrier_wait(t.p_full, p_at.phase)
         cute.autovec_copy(t.sP, self.pairs(t, t.P))
-        wgmma.wait(0)
         self.differentials(t, delta)
         round_into(t.dS, t.S)
+        wgmma.wait(0)
         wgmma.store_rounded(t.scores, t.dS, t.sdS[None, None, ds_at.index], t.thread, transposed=True)
         cute.arch.fence_view_async_shared()
         self.hand_over_ds(t, ds_at)
         t.q_ring.consumer_wait(q_at)
         Q = t.Q_of_dK[None, None, None, q_at.index]
-        wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=True)
+        wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=before is not None)
         t.do_ring.consumer_release(do_at)  # likewise for delta
-        self.issue_dq(t, ds_at)
-        wgmma.wait(c.cluster)
-        t.q_ring.consumer_release(q_at)
-        wgmma.wait(0)
+
+    @cute.jit
+    def finish_scores(self, t: Consumer, before, ds_at):
+        """Has dQ of the tile before computed behind S, or dP, and waits for the latter."""
+        c = self.config
+        if cutlass.const_expr(before is None):
+            wgmma.wait(0)
+        else:
+            self.issue_dq(t, barriers.before(ds_at))
+            wgmma.wait(c.cluster)
 
     @cute.jit
     def differentials(self, t: Consumer, delta: cute.Tensor):
@@ -242,7 +269,8 @@ class WideBackwardKernel(BackwardKernel):
     def hand_over_ds(self, t: Consumer, ds_at):
         """Says that this warp's part of dS is there; in a cluster the warpgroup sends it to the other CTA too, and expects that one's.
 
-        A buffer of the other's is free again: its dS of the tile before, which has come, was made after dQ of the one before that.
+        A buffer of the other's is free again: its dS of the tile before, which has come, was handed over after dQ of the one before that,
+        by this warpgroup, and by the first one, as that hands over P after it.
         """
         c = self.config
         barrier = t.ds_full + ds_at.index

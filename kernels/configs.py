@@ -251,8 +251,9 @@ class BackwardConfig:
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight; 2 but at head_dim 256.
     cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
-    direct_adds: threads add dQ to memory straight from registers; else TMA does from shared memory, for which head_dim 256 has no room.
-    deterministic: key tiles add to dQ in a fixed order, and so threads do.
+    dq_beside: "S" or "dP", of the tile of queries after it, beside which dQ is computed.
+    dq_leaves_beside: "dP" or "dK", likewise, beside which it is added; not beside head_dim 256.
+    deterministic: key tiles add to dQ in a fixed order.
     """
 
     dtype: str = "bf16"
@@ -263,10 +264,12 @@ class BackwardConfig:
     q_stages: int = 2
     do_stages: int = 2
     cluster: int = 1
-    direct_adds: bool = False
+    dq_beside: str = "S"
+    dq_leaves_beside: str = "dP"
     deterministic: bool = False
 
     family = "backward"
+    ds_buffers = 2  # places for dS in shared memory: so one barrier a step is enough
 
     def __post_init__(self):
         one_of = partial(_one_of, self)
@@ -278,7 +281,8 @@ class BackwardConfig:
         one_of("q_stages", stages)
         one_of("do_stages", stages)
         one_of("cluster", (1, 2) if self.wide else (1,))
-        one_of("direct_adds", (True,) if self.wide or self.deterministic else (False, True))
+        one_of("dq_beside", ("S",) if self.wide else ("S", "dP"))
+        one_of("dq_leaves_beside", ("dP",) if self.wide else ("dK",) if self.dq_beside == "dP" else ("dP", "dK"))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
@@ -320,11 +324,6 @@ class BackwardConfig:
         return self.tile_m == 128 or self.wide
 
     @property
-    def dq_before_dp(self):
-        """Whether dQ leaves its registers before dP takes some, and not while dP is computed: slower, but those that count turns need them."""
-        return self.deterministic and self.head_dim == 64 and self.mask == "causal"
-
-    @property
     def dq_part(self):
         """(queries, columns) of dQ's tile that a warpgroup computes."""
         if self.wide:
@@ -353,26 +352,22 @@ class BackwardConfig:
 
     @property
     def outputs_abreast(self):
-        """Whether dK and dV find room side by side where dQ leaves from; else one after the other."""
-        return self.tile_bytes["dQ"] >= 2 * self.tile_bytes["K"]
-
-    @property
-    def ds_buffers(self):
-        """Places for dS in shared memory: with two, one barrier a step is enough."""
-        return 1 if self.wide and self.cluster == 1 else 2
+        """Whether there is room for dK and dV side by side on their way out; else they go one after the other."""
+        return self.head_dim == 64
 
     @property
     def tile_bytes(self):
-        """Bytes of the shared-memory tiles: one stage of Q (or dO), K (or V), one buffer of dS; and, or 0, of dQ in fp32, of P, and of
-        the columns of K that belong to the other CTA's keys and this one's part of dQ.
+        """Bytes of the shared-memory tiles: one stage of Q (or dO), K (or V), one buffer of dS; and, or 0, what dK and dV leave through,
+        P, and the columns of K that belong to the other CTA's keys and this one's part of dQ.
         """
         element = DTYPE_BYTES[self.dtype]
+        keys = self.tile_n * self.head_dim * element
         return {
             "Q": self.tile_m * self.head_dim * element,
-            "K": self.tile_n * self.head_dim * element,
+            "K": keys,
             "dS": self.tile_m * self.tile_n * self.cluster * element,
             "other K": self.tile_n * self.head_dim // 2 * element if self.cluster == 2 else 0,
-            "dQ": 0 if self.wide else self.tile_m * self.head_dim * 4,
+            "out": 0 if self.wide else keys * (1 + self.outputs_abreast),
             "P": self.tile_m * self.tile_n * element if self.wide else 0,
         }
 
@@ -391,4 +386,4 @@ class BackwardConfig:
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
         queries, keys = (self.q_stages + self.do_stages) * t["Q"], (self.k_stages + self.v_stages) * t["K"]
-        return self.barrier_bytes + queries + keys + t["other K"] + self.ds_buffers * t["dS"] + t["dQ"] + t["P"]
+        return self.barrier_bytes + queries + keys + t["other K"] + self.ds_buffers * t["dS"] + t["out"] + t["P"]

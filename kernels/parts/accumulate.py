@@ -145,57 +145,26 @@ class Turns:
 
 @dataclass(frozen=True)
 class Adder:
-    """Adds accumulators, a warp its part on its own: its threads from registers (`add`), or TMA from shared memory (`put` and `send`)."""
+    """Adds accumulators straight from registers, a warp its part on its own."""
 
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
-    shared: cute.Tensor | None  # (elements of a tile); None where there is no room, for `add`
-    turns: Turns | None  # where they add in order, for `add`
+    turns: Turns | None  # where they add in order
     elements: Constexpr[int]  # of a tile
     size: Constexpr[int]  # of a thread's accumulator
 
     @cute.jit
-    def put(self, acc: cute.Tensor, index, thread):
-        """The accumulator of warpgroup `index` into shared memory, which `send` takes it from, once it is fenced."""
-        self.finish()
-        own = self.own(index, thread)[None, None, thread % WARP]
-        cute.autovec_copy(cute.make_tensor(acc.iterator, own.shape), own)
-
-    @cute.jit
-    def send(self, tile, index, thread):
-        """Starts the addition of what was put to a tile. A fence, and all lanes, must have come between."""
-        warp, own = self.warp(index, thread), self.own(index, thread)  # by shuffles, in which all lanes must take part
-        if cute.arch.lane_idx() == 0:
-            target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)
-            add_bulk(target.iterator, own.iterator, WARP * self.size)
-            cute.arch.cp_async_bulk_commit_group()
-
-    @cute.jit
-    def add(self, acc: cute.Tensor, tile, phase, index, thread):
-        """The accumulator straight from registers to a tile. phase: of the turns' mbarriers, where they add in order."""
-        warp, lane = self.warp(index, thread), thread % WARP
+    def add(self, acc: cute.Tensor, tile, phase, part, thread):
+        """To a tile, by its number among all. phase: of the turns' mbarriers. part: of the tile, which this warpgroup has."""
         if cutlass.const_expr(self.turns is not None):
             cute.arch.mbarrier_wait(self.turns.granted, phase)
-        target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)[None, None, lane]
+        warp = part * WARPS + cute.arch.make_warp_uniform(thread // WARP)
+        target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)[None, None, thread % WARP]
         for j in cutlass.range_constexpr(self.size // VECTOR):
             add_vector(target[None, j].iterator, [wgmma.flat(acc)[VECTOR * j + i] for i in range(VECTOR)])
         if cutlass.const_expr(self.turns is not None):
             cute.arch.sync_warp()
             if cute.arch.lane_idx() == 0:
                 cute.arch.mbarrier_arrive(self.turns.added)
-
-    @cute.jit
-    def finish(self):
-        """Waits until the shared memory that this warp adds from is free again."""
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.sync_warp()
-
-    def own(self, index, thread):
-        """A warp's shared memory, as by_vectors has it."""
-        return by_vectors(self.shared.iterator, self.warp(index, thread), self.size)
-
-    def warp(self, index, thread):
-        """Which of a tile's warps this is."""
-        return index * WARPS + cute.arch.make_warp_uniform(thread // WARP)
 
 
 def await_count(address, count):
@@ -238,12 +207,4 @@ def store_bulk(target, source, count):
     cute.arch.inline_ptx(
         "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
         read_only_args=[target, Int32(source.toint()), Int32(4 * count)],
-    )
-
-
-def add_bulk(target, source, count):
-    """One lane: TMA adds so many fp32 numbers of shared memory to global memory."""
-    cute.arch.inline_ptx(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
-        read_only_args=[target.toint(), Int32(source.toint()), Int32(4 * count)],
     )

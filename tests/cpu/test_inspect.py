@@ -29,9 +29,9 @@ OTHERS = [  # configs that nobody ships, for the formulas
     ForwardConfig(head_dim=64, tile_m=192, presume=True, scheduler="single", extra_k_stages=1),
     ForwardConfig(warp_specialised=False, pingpong=False, scheduler="persistent", q_in_registers=True),
     BackwardConfig(tile_m=48, mask="causal"),
-    BackwardConfig(tile_m=64, direct_adds=True),
-    BackwardConfig(head_dim=64, tile_m=128, direct_adds=True, deterministic=True, mask="causal"),
-    BackwardConfig(head_dim=256, tile_m=64, tile_n=64, cluster=2, do_stages=1, direct_adds=True, mask="causal"),
+    BackwardConfig(head_dim=64, tile_m=128, dq_leaves_beside="dK"),
+    BackwardConfig(head_dim=64, tile_m=128, dq_beside="dP", dq_leaves_beside="dK", deterministic=True, mask="causal"),
+    BackwardConfig(head_dim=256, tile_m=64, tile_n=64, cluster=2, do_stages=1, mask="causal"),
 ]
 
 
@@ -59,9 +59,7 @@ def test_shipped_kernel(config, reports):
     assert report.matrix["HGMMA"] > 0 and (report.matrix.get("HMMA", 0) > 0) == getattr(config, "presume", False)
     assert report.counts["UTMALDG"] >= 3 and report.counts["UTMASTG"] >= 1
     backward = config.family == "backward"
-    by_threads = backward and config.direct_adds
-    # four numbers an instruction; who counts tiles, zeros or turns has a few more
-    assert (report.counts["UBLKRED"] > 0, report.counts["REDG"] >= 8) == (backward and not by_threads, by_threads)
+    assert (report.counts["REDG"] >= 8) == backward  # four numbers an instruction; who counts tiles, zeros or turns has a few more
     columns = config.tile_n if config.family == "forward" else config.tile_m
     assert report.counts["MUFU.EX2"] >= columns * 64 // 128  # S, once in the code at least
     assert report.registers == config.entry_registers
@@ -134,7 +132,7 @@ def test_healthy_report(healthy):
     assert healthy.shared == ForwardConfig().shared_memory
     assert healthy.matrix == {"HGMMA": 48, "QGMMA": 0}
     assert healthy.counts == {
-        "UTMALDG": 1, "UTMASTG": 1, "UBLKRED": 0, "REDG": 0, "MUFU.EX2": 1, "LDL": 0, "STL": 0, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 1, "R2P": 1,
+        "UTMALDG": 1, "UTMASTG": 1, "REDG": 0, "MUFU.EX2": 1, "LDL": 0, "STL": 0, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 1, "R2P": 1,
     }  # fmt: skip
     assert healthy.instructions == 10 + 48
 
@@ -178,7 +176,7 @@ def test_several_kernels_are_read_as_one_call():
     both = host(config.shared_memory) + host(8192)
     report = read_report(config, usage=USAGE + small, sass=sass(config), ptx=ptx, host=both)
     assert (report.registers, report.threads, report.shared) == (168, 384, config.shared_memory)
-    assert [re.sub(r":.*", "", p) for p in problems(report)] == ["registers spill", "no addition to memory (UBLKRED)"]
+    assert [re.sub(r":.*", "", p) for p in problems(report)] == ["registers spill", "no addition to memory (REDG)"]
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -959,12 +959,12 @@ def test_a_sweeps_point_is_all_combinations_that_a_gpu_could_run():
 
 
 def test_a_backward_sweeps_point():
-    head_dim, causal, found = sweep.parse("128 causal: direct_adds=True tile_m=48,64 deterministic=False,True", "fp16", "bwd")
+    head_dim, causal, found = sweep.parse("128 causal: tile_m=48,64 deterministic=False,True", "fp16", "bwd")
     assert (head_dim, causal, len(found)) == (128, True, 4)
     assert {(v.config.tile_m, v.config.deterministic) for v in found} == {(m, d) for m in (48, 64) for d in (False, True)}
     assert {(v.config.dtype, v.config.mask) for v in found} == {("fp16", "causal")}
     tile = f"{BackwardConfig.tile_m}x{BackwardConfig.tile_n}"
-    assert {f"{tile} direct_adds=True deterministic=True", "48x128 direct_adds=True"} < {v.name for v in found} and len({v.name for v in found}) == 4
+    assert {f"{tile} deterministic=True", "48x128"} < {v.name for v in found} and len({v.name for v in found}) == 4
     for wrong in ("pingpong=True", "heads=all"):
         with pytest.raises(PerfError, match=f"no field {wrong.split('=')[0]}; there are dtype"):
             sweep.parse(f"64 none: {wrong}", "bf16", "bwd")
@@ -977,7 +977,7 @@ def test_a_backward_variant_calls_the_kernel_as_agreed(monkeypatch, deterministi
     monkeypatch.setattr(variants, "device_of", lambda device: plan.Device())
     point = Point(64, True, 2, 300, 200, 4, 2, direction="bwd")
     tensors = cpu_tensors(point)
-    config = BackwardConfig(head_dim=64, mask="causal", tile_m=128, direct_adds=deterministic, deterministic=deterministic)
+    config = BackwardConfig(head_dim=64, mask="causal", tile_m=128, deterministic=deterministic)
     call = variants.BackwardVariant(config).make(point, tensors)
     returned = call()
     [(q, k, v, out, dout, lse, dq, dk, dv, dq_accum, lse_log2, delta, turns, scale, sms)] = launches

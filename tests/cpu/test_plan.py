@@ -158,7 +158,7 @@ def test_a_head_whose_dq_has_more_numbers_than_32_bits_count_is_refused():
 @pytest.mark.parametrize("seqlen_q", [1, 64, 1000])
 def test_backward_workspace_is_dqs_sum_and_two_numbers_a_query(seqlen_q, deterministic):
     plan = plan_backward(problem((3, seqlen_q, 300, 8, 2), head_dim=64), DEVICE)
-    plan = replace(plan, config=replace(plan.config, deterministic=deterministic, direct_adds=deterministic))
+    plan = replace(plan, config=replace(plan.config, deterministic=deterministic))
     assert plan.config.deterministic == deterministic
     assert plan.rows % plan.config.tile_m == 0 and 0 <= plan.rows - seqlen_q < plan.config.tile_m
     shapes = {name: None if spec is None else spec[0] for name, spec in plan.workspace.items()}
