@@ -146,7 +146,7 @@ BACKWARD = {
     (64, "causal"): dict(tile_m=128, dq_beside="dP", dq_leaves_beside="dK"),
     (128, "none"): dict(),
     (128, "causal"): dict(),
-    (256, "none"): dict(tile_n=64, cluster=2, do_stages=1),
+    (256, "none"): dict(tile_n=64, cluster=2, do_stages=1, dq_beside="dK"),
     (256, "causal"): dict(tile_n=64, cluster=2, do_stages=1),
 }
 

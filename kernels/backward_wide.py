@@ -148,7 +148,7 @@ class WideBackwardKernel(BackwardKernel):
         count = (m_stop - m_first) * queries_per_kv  # at least 1, as a tile has keys that the last query sees
         m, tile = m_first, batch * tiles_of[0] + head_kv * tiles_of[1] + m_first
         part = t.rank * WARPGROUPS + t.index
-        self.step(t, n, m, None, adder, part, q_at, do_at, ds_at, p_at)
+        self.step(t, n, m, tile, None, adder, part, (q_at, do_at, ds_at, p_at))
         for i in cutlass.range(1, count, unroll=1):
             before = tile
             q_at.advance()
@@ -160,10 +160,11 @@ class WideBackwardKernel(BackwardKernel):
             if m == m_stop:
                 m = m_first
                 tile += m_first
-            self.step(t, n, m, before, adder, part, q_at, do_at, ds_at, p_at)
-        self.issue_dq(t, ds_at)
-        wgmma.wait(0)
-        adder.add(t.dQ, tile, p_at.phase, part, t.thread)
+            self.step(t, n, m, tile, before, adder, part, (q_at, do_at, ds_at, p_at))
+        if cutlass.const_expr(c.dq_beside == "S"):
+            self.issue_dq(t, ds_at)
+            wgmma.wait(0)
+            adder.add(t.dQ, tile, p_at.phase, part, t.thread)
         cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
         if t.index == 0:
             outputs[1].write(t.dX, 0, n, head_kv, batch, 0, t.thread)
@@ -175,30 +176,38 @@ class WideBackwardKernel(BackwardKernel):
         t.v_ring.consumer_release(kv_at)
 
     @cute.jit
-    def step(self, t: Consumer, n, m, before, adder, part, q_at, do_at, ds_at, p_at):
-        """A tile of queries; and dQ of the tile before, `before` its number or None, as all of dS is there by now.
+    def step(self, t: Consumer, n, m, tile, before, adder, part, places):
+        """A tile of queries; its dQ or, beside S, that of the tile before, as all of that one's dS is there by now.
 
-        part: of dQ's tile, which this warpgroup has.
+        tile, before: their numbers among all; `before` is None where there was none. part: of dQ's tile, which this warpgroup has.
         """
+        q_at, do_at, ds_at, p_at = places
         if t.index == 0:
             self.of_values(t, n, m, before, q_at, do_at, ds_at)
-            self.finish_step(t, before, adder, part, p_at)
-            t.do_ring.consumer_release(do_at)
+            self.finish_step(t, tile, before, adder, part, ds_at, p_at, t.do_ring, do_at)
         else:
             self.of_keys(t, before, q_at, do_at, ds_at, p_at)
-            self.finish_step(t, before, adder, part, p_at)
-            t.q_ring.consumer_release(q_at)
+            self.finish_step(t, tile, before, adder, part, ds_at, p_at, t.q_ring, q_at)
 
     @cute.jit
-    def finish_step(self, t: Consumer, before, adder, part, p_at):
-        """Adds dQ of the tile before while dV, or dK, is computed, and waits for that."""
-        if cutlass.const_expr(before is not None):
-            adder.add(t.dQ, before, p_at.phase ^ 1, part, t.thread)
-        wgmma.wait(0)
+    def finish_step(self, t: Consumer, tile, before, adder, part, ds_at, p_at, ring, at):
+        """Waits for dV, or dK, so that dO's stage, or Q's, is free; and adds dQ."""
+        c = self.config
+        if cutlass.const_expr(c.dq_beside == "S"):
+            if cutlass.const_expr(before is not None):
+                adder.add(t.dQ, before, p_at.phase ^ 1, part, t.thread)
+            wgmma.wait(0)
+            ring.consumer_release(at)
+        else:
+            self.issue_dq(t, ds_at)
+            wgmma.wait(c.cluster)
+            ring.consumer_release(at)
+            wgmma.wait(0)
+            adder.add(t.dQ, tile, p_at.phase, part, t.thread)
 
     @cute.jit
     def of_values(self, t: Consumer, n, m, before, q_at, do_at, ds_at):
-        """The first warpgroup, one tile of queries: S, P, dV, which is in flight then, and its half of dQ of the tile before."""
+        """The first warpgroup, one tile of queries: S, P, and dV, which is in flight then."""
         c = self.config
         t.q_ring.consumer_wait(q_at)
         wgmma.issue(t.scores, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)
@@ -218,7 +227,7 @@ class WideBackwardKernel(BackwardKernel):
 
     @cute.jit
     def of_keys(self, t: Consumer, before, q_at, do_at, ds_at, p_at):
-        """The second warpgroup, one tile of queries: dP, dS, dK, which is in flight then, and its half of dQ of the tile before."""
+        """The second warpgroup, one tile of queries: dP, dS, and dK, which is in flight then."""
         c = self.config
         t.do_ring.consumer_wait(do_at)
         wgmma.issue(t.scores, t.S, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
@@ -239,9 +248,9 @@ class WideBackwardKernel(BackwardKernel):
 
     @cute.jit
     def finish_scores(self, t: Consumer, before, ds_at):
-        """Has dQ of the tile before computed behind S, or dP, and waits for the latter."""
+        """Waits for S, or dP, and has dQ of the tile before computed behind it, if that is its place."""
         c = self.config
-        if cutlass.const_expr(before is None):
+        if cutlass.const_expr(before is None or c.dq_beside != "S"):
             wgmma.wait(0)
         else:
             self.issue_dq(t, barriers.before(ds_at))

@@ -251,8 +251,8 @@ class BackwardConfig:
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight; 2 but at head_dim 256.
     cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
-    dq_beside: "S" or "dP", of the tile of queries after it, beside which dQ is computed.
-    dq_leaves_beside: "dP" or "dK", likewise, beside which it is added; not beside head_dim 256.
+    dq_beside: what a tile's dQ is computed beside: "S", or "dP", of the tile of queries after it; at head_dim 256 "S", or "dK" of its own.
+    dq_leaves_beside: "dP" or "dK", of the tile after it, while which is computed it is added; decided by dq_beside at head_dim 256.
     deterministic: key tiles add to dQ in a fixed order.
     """
 
@@ -281,7 +281,7 @@ class BackwardConfig:
         one_of("q_stages", stages)
         one_of("do_stages", stages)
         one_of("cluster", (1, 2) if self.wide else (1,))
-        one_of("dq_beside", ("S",) if self.wide else ("S", "dP"))
+        one_of("dq_beside", ("S", "dK") if self.wide else ("S", "dP"))
         one_of("dq_leaves_beside", ("dP",) if self.wide else ("dK",) if self.dq_beside == "dP" else ("dP", "dK"))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:

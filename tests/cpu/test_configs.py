@@ -139,7 +139,7 @@ assert not {{"torch", "cutlass", "numpy"}} & set(sys.modules)
 
 def backward_buildable():
     """Every BackwardConfig that can be built, over a grid of the fields that decide shared memory and registers."""
-    grid = dict(head_dim=(64, 128, 256), tile_m=range(16, 129, 16), tile_n=(64, 128), cluster=(1, 2), q_stages=(1, 2, 3), do_stages=(1, 2, 3), dq_beside=("S", "dP"), dq_leaves_beside=("dP", "dK"), deterministic=(False, True))
+    grid = dict(head_dim=(64, 128, 256), tile_m=range(16, 129, 16), tile_n=(64, 128), cluster=(1, 2), q_stages=(1, 2, 3), do_stages=(1, 2, 3), dq_beside=("S", "dP", "dK"), dq_leaves_beside=("dP", "dK"), deterministic=(False, True))
     found = []
     for values in itertools.product(*grid.values()):
         try:
@@ -182,7 +182,7 @@ def test_what_is_accepted_backward_fits_an_sm():
         (dict(dq_beside="dV"), r"dq_beside must be one of \('S', 'dP'\), got 'dV'"),
         (dict(dq_leaves_beside="S"), r"dq_leaves_beside must be one of \('dP', 'dK'\), got 'S'"),
         (dict(dq_beside="dP"), r"dq_leaves_beside must be one of \('dK',\), got 'dP'"),
-        (dict(head_dim=256, tile_n=64, cluster=2, do_stages=1, dq_beside="dP"), r"dq_beside must be one of \('S',\), got 'dP'"),
+        (dict(head_dim=256, tile_n=64, cluster=2, do_stages=1, dq_beside="dP"), r"dq_beside must be one of \('S', 'dK'\), got 'dP'"),
     ],
 )
 def test_a_backward_config_that_cannot_run_is_refused(changes, says):
