@@ -281,7 +281,8 @@ class BackwardConfig:
         one_of("q_stages", stages)
         one_of("do_stages", stages)
         one_of("cluster", (1, 2) if self.wide else (1,))
-        one_of("dq_beside", ("S", "dK") if self.wide else ("S", "dP"))
+        at_256 = ("dK",) if self.cluster == 1 else ("S", "dK")  # without a cluster, dQ has too many registers to lie beside S
+        one_of("dq_beside", at_256 if self.wide else ("S", "dP"))
         one_of("dq_leaves_beside", ("dP",) if self.wide else ("dK",) if self.dq_beside == "dP" else ("dP", "dK"))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
