@@ -349,16 +349,22 @@ class BackwardKernel:
     @cute.jit
     def claim(self, schedule, near_end, zeros):
         """One warp: claims the CTA's next tile when told, tells the others, and makes zeros for tiles to come."""
+        c = self.config
         position, phase = schedule.first(), Int32(0)
         s_at = barriers.producing(SCHEDULE_STAGES)
         zeros.start()
         cute.arch.griddepcontrol_wait()
-        while position < schedule.tiles.length:
+        if cutlass.const_expr(c.deterministic):
             zeros.make(position)
+        while position < schedule.tiles.length:
+            if cutlass.const_expr(not c.deterministic):
+                zeros.make(position)
             cute.arch.mbarrier_wait(near_end, phase)
             position, place = schedule.claimed(schedule.claim(), position)
             if position < schedule.tiles.length:
                 zeros.await_those_of(position)
+                if cutlass.const_expr(c.deterministic):
+                    zeros.make(position)  # before it is told: that may wait for a turn, and so for who waits for these zeros
             s_at = schedule.tell(position, place, s_at)
             phase ^= 1
         schedule.ring.producer_tail(s_at)
