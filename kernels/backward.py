@@ -204,7 +204,7 @@ class BackwardKernel:
         p_full = smem.allocate_array(cutlass.Int64, 1)
         near_end = smem.allocate_array(cutlass.Int64, 1)
         page = smem.allocate_tensor(Float32, cute.make_layout(accumulate.PAGE), byte_alignment=16)
-        granted = smem.allocate_array(cutlass.Int64, 2)
+        turn_barriers = smem.allocate_array(cutlass.Int64, 2)  # granted, added
         s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.q_stages)), byte_alignment=16)
         s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
         shared = [self.allocate(smem, layout) for layout in layouts]
@@ -233,8 +233,8 @@ class BackwardKernel:
             if cute.arch.lane_idx() == 0:
                 cute.arch.mbarrier_init(p_full, WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
-                cute.arch.mbarrier_init(granted, 1)
-                cute.arch.mbarrier_init(granted + 1, consumer_warps)
+                cute.arch.mbarrier_init(turn_barriers, 1)
+                cute.arch.mbarrier_init(turn_barriers + 1, consumer_warps)
                 for i in cutlass.range_constexpr(c.ds_buffers):
                     cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
         cute.arch.mbarrier_init_fence()
@@ -247,7 +247,7 @@ class BackwardKernel:
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster)
         if cutlass.const_expr(c.deterministic):
             part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
-            turns = accumulate.Turns(turns, granted, granted + 1, c.cluster, part)
+            turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, part)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:

@@ -54,7 +54,7 @@ class Zeros:
     They are counted by groups of K/V heads that are worked on together. DeltaKernel makes those of the first 2 * `ahead` groups' queries.
     The others are made by the CTAs that have the tiles of keys of the group `ahead` before, each a part. The first `ahead` groups have all
     the tiles that CTAs begin with: the others are claimed, so that those who make zeros are running. And a tile's zeros are made by tiles
-    before it in the list, so nobody waits for somebody who waits for him.
+    before it in the list, so nobody waits for somebody who waits for him; where CTAs also wait for turns, as long as zeros are made first.
     """
 
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
