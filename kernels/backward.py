@@ -354,8 +354,6 @@ class BackwardKernel:
         s_at = barriers.producing(SCHEDULE_STAGES)
         zeros.start()
         cute.arch.griddepcontrol_wait()
-        if cutlass.const_expr(c.deterministic):
-            zeros.make(position)
         while position < schedule.tiles.length:
             if cutlass.const_expr(not c.deterministic):
                 zeros.make(position)
