@@ -12,6 +12,8 @@ Under compute-sanitizer: `compute-sanitizer --tool memcheck python -m pytest tes
 import concurrent.futures
 import math
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -626,6 +628,41 @@ def test_deterministic(d, causal, heads):
             other_work(side, r)
             found = differing(gradients(q, k, v, dout, causal=causal, deterministic=True), first)
             assert not found, f"lengths {seqlen_q}, {seqlen_k}, run {run}: {found}"
+
+
+# Gradients while a forward on another stream has some of the SMs for milliseconds, so that CTAs which belong there start late.
+CHILD = """
+import sys
+import torch
+from fa3 import flash_attn_func
+
+def normal(*shape):
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+d = int(sys.argv[1])
+long = normal(1, 2**19, 1, 128)
+q, k, v, dout = (normal(25, seqlen, 16, d).requires_grad_() for seqlen in (128, 640, 640, 128))
+side = torch.cuda.Stream()
+for deterministic in (False, True):
+    out = flash_attn_func(q, k, v, deterministic=deterministic)
+    want = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    for taken in (1, 16, 66, 110, 131):
+        rows = normal(1, 128, taken, 128)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            flash_attn_func(rows, long, long, pack_gqa=False)
+        found = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        torch.cuda.synchronize()
+        for name, got, expected in zip("qkv", found, want):
+            assert torch.equal(got, expected) or (name == "q" and not deterministic), (name, deterministic, taken)
+            assert (got - expected).abs().max() < 0.01 * expected.abs().max(), (name, deterministic, taken)
+"""
+
+
+@head_dims
+def test_ctas_that_start_late(d):
+    """With one or two tiles of queries a tile of keys, a CTA's claims are furthest ahead of its turns to add."""
+    subprocess.run([sys.executable, "-c", CHILD, str(d)], check=True, timeout=180)  # of its own: it can be ended where it hangs
 
 
 @head_dims
