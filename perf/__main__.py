@@ -40,8 +40,9 @@ def parser():
     run.add_argument("--direction", choices=directions, default="fwd", help="fwd (default), or bwd: the backward alone")
     run.add_argument("--dtype", type=dtypes, default=["bf16"], metavar="DTYPE,...", help="bf16 (default), fp16")
     run.add_argument(
-        "--providers", type=words, default=list(peers.PROVIDERS), metavar="NAME,...", help=f"default: {','.join(peers.PROVIDERS)}"
-    )
+        "--providers", type=words, default=peers.BESIDE, metavar="NAME,...",
+        help=f"of {', '.join(peers.PROVIDERS)}; default: {','.join(peers.BESIDE)}",
+    )  # fmt: skip
     run.add_argument("--head-dim", type=integers, metavar="D,...", help="only these head dims")
     run.add_argument("--causal", action=argparse.BooleanOptionalAction, help="only causal points, or only the others")
     run.add_argument("--seqlen", type=integers, metavar="S,...", help="only these lengths of q")

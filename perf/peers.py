@@ -90,6 +90,8 @@ class Provider:
 class Package(Provider):
     """A provider that is a function `flash_attn_func(q, k, v, causal=...)` in an importable package."""
 
+    options = {}  # what flash_attn_func is called with besides
+
     def __init__(self, name, module, distribution, hint, forward_only=None):
         self.name = name
         self.module = module
@@ -117,8 +119,8 @@ class Package(Provider):
     def forward(self, point, tensors):
         flash_attn_func = importlib.import_module(self.module).flash_attn_func
         q, k, v = tensors[:3]
-        causal = point.causal
-        return lambda: flash_attn_func(q, k, v, causal=causal)
+        options = {"causal": point.causal, **self.options}
+        return lambda: flash_attn_func(q, k, v, **options)
 
 
 class ThisProject(Package):
@@ -144,8 +146,20 @@ class ThisProject(Package):
             softmax_scale=point.head_dim**-0.5,
             lse=True,
             sm_margin=0,
+            **self.options,
         )
         return str(plan.plan_backward(problem, attention.device_of(device)))
+
+
+class Deterministic(ThisProject):
+    """This project with deterministic=True: beside `fa3` alone, "fa3/best" is how many times as long that takes."""
+
+    options = {"deterministic": True}
+
+    def forward(self, point, tensors):
+        if point.direction == "fwd":
+            raise Unsupported("the forward is the same with and without deterministic=True")
+        return super().forward(point, tensors)
 
 
 class OtherCommit(Package):
@@ -261,12 +275,15 @@ PROVIDERS = {
     provider.name: provider
     for provider in (
         ThisProject("fa3", "fa3", "fa3", "pip install -e ."),
+        Deterministic("fa3-deterministic", "fa3", "fa3", "pip install -e ."),
         Cudnn(),
         FlashAttention2(),
         Package("fa4", "flash_attn.cute", "flash-attn-4", "pip install flash-attn-4"),
         Package("fa3-pypi", "fa3_fwd_interface", "fa3-fwd", "pip install fa3-fwd", forward_only="fa3-fwd has no backward"),
     )
 }
+
+BESIDE = [name for name in PROVIDERS if name != "fa3-deterministic"]  # whom a run compares where nobody is named
 
 
 def providers(names):

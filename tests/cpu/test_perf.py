@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # perf is run from the repository root, not installed
 
 from perf import PerfError, once, peers, report, results, runner, stamps, suites, sweep, table, timing, variants  # noqa: E402
-from perf.__main__ import main  # noqa: E402
+from perf.__main__ import main, parser  # noqa: E402
 from perf.suites import Point  # noqa: E402
 from perf.timing import CudaDevice  # noqa: E402
 
@@ -550,7 +550,23 @@ def test_the_backwards_config_line_is_its_plan(monkeypatch):
     monkeypatch.setattr(attention, "device_of", lambda device: plan.Device())
     point = Point(128, True, 1, 512, 512, 16, 16, "fp16", "bwd")
     line = peers.PROVIDERS["fa3"].config_line(point, peers.Tensors(*[types.SimpleNamespace(device=None)] * 4))
-    assert line.startswith("BackwardConfig(dtype='fp16', head_dim=128, mask='causal'")
+    assert line.startswith("BackwardConfig(dtype='fp16', head_dim=128, mask='causal'") and "deterministic=False" in line
+    line = peers.PROVIDERS["fa3-deterministic"].config_line(point, peers.Tensors(*[types.SimpleNamespace(device=None)] * 4))
+    assert "deterministic=True" in line
+
+
+def test_the_deterministic_backward_is_measured_where_it_is_asked_for(monkeypatch):
+    stub, asked = types.ModuleType("fa3"), []
+    stub.flash_attn_func = lambda q, k, v, **options: asked.append(options) or q * k * v
+    monkeypatch.setitem(sys.modules, "fa3", stub)
+    provider = peers.PROVIDERS["fa3-deterministic"]
+    tensors = peers.Tensors(*(torch.tensor(number, requires_grad=True) for number in (2.0, 3.0, 5.0)), torch.tensor(10.0))
+    assert provider.make(BACKWARD, tensors)() == (150, 100, 60)
+    assert asked == [{"causal": False, "deterministic": True}]
+    with pytest.raises(peers.Unsupported, match="forward is the same"):
+        provider.make(SQUARE, tensors)
+    asked_for = parser().parse_args(["run"]).providers
+    assert provider.name not in asked_for and {*asked_for, provider.name} == peers.PROVIDERS.keys()
 
 
 def test_cudnn_refuses_another_mask_alignment():
