@@ -559,7 +559,7 @@ class BackwardKernel:
             self.hand_over(t, before[1], adder, at)
         delta = wgmma.load_by_columns(t.delta[None, at.index], t.thread)
         wgmma.wait(1 + self.dq_issued("dP", t, before, at))
-        self.differentials(t, delta)
+        self.differentials(t.dP, t.P, delta)
         round_into(t.dS, t.dP)
         wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, at.index], t.thread, transposed=True)
         self.publish()
@@ -609,9 +609,9 @@ class BackwardKernel:
             s[i] = exp2(s[i] * t.scale_log2 - lse_log2[i % 2, i // 4])
 
     @cute.jit
-    def differentials(self, t: Consumer, delta: cute.Tensor):
+    def differentials(self, dP: cute.Tensor, P: cute.Tensor, delta: cute.Tensor):
         """dP becomes dS = P ∘ (dP - delta)."""
-        dp, p = wgmma.flat(t.dP), widened(t.P)
+        dp, p = wgmma.flat(dP), widened(P)
         for i in [*range(cute.size(dp))]:
             dp[i] = p[i] * (dp[i] - delta[i % 2, i // 4])
 

@@ -17,7 +17,7 @@ from .configs import WARPGROUP
 from .parts import barriers, tiles, wgmma
 from .parts.mask import RightMask
 from .parts.output import StagedOutput
-from .parts.rounding import round_into, widened
+from .parts.rounding import round_into
 
 ALL_BARRIER = 1  # named barriers: of both warpgroups that consume, and of the second one
 OWN_BARRIER = 2
@@ -235,7 +235,7 @@ class WideBackwardKernel(BackwardKernel):
         self.finish_scores(t, before, ds_at)
         cute.arch.mbarrier_wait(t.p_full, p_at.phase)
         cute.autovec_copy(t.sP, self.pairs(t, t.P))
-        self.differentials(t, delta)
+        self.differentials(t.S, t.P, delta)
         round_into(t.dS, t.S)
         wgmma.wait(0)
         wgmma.store_rounded(t.scores, t.dS, t.sdS[None, None, ds_at.index], t.thread, transposed=True)
@@ -255,13 +255,6 @@ class WideBackwardKernel(BackwardKernel):
         else:
             self.issue_dq(t, barriers.before(ds_at))
             wgmma.wait(c.cluster)
-
-    @cute.jit
-    def differentials(self, t: Consumer, delta: cute.Tensor):
-        """dP becomes dS = P ∘ (dP - delta)."""
-        dp, p = wgmma.flat(t.S), widened(t.P)
-        for i in [*range(cute.size(dp))]:
-            dp[i] = p[i] * (dp[i] - delta[i % 2, i // 4])
 
     def pairs(self, t, fragment):
         """A rounded fragment as sP has it."""

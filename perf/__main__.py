@@ -40,8 +40,8 @@ def parser():
     run.add_argument("--direction", choices=directions, default="fwd", help="fwd (default), or bwd: the backward alone")
     run.add_argument("--dtype", type=dtypes, default=["bf16"], metavar="DTYPE,...", help="bf16 (default), fp16")
     run.add_argument(
-        "--providers", type=words, default=peers.BESIDE, metavar="NAME,...",
-        help=f"of {', '.join(peers.PROVIDERS)}; default: {','.join(peers.BESIDE)}",
+        "--providers", type=words, default=peers.DEFAULT, metavar="NAME,...",
+        help=f"of {', '.join(peers.PROVIDERS)}; default: {','.join(peers.DEFAULT)}",
     )  # fmt: skip
     run.add_argument("--head-dim", type=integers, metavar="D,...", help="only these head dims")
     run.add_argument("--causal", action=argparse.BooleanOptionalAction, help="only causal points, or only the others")

@@ -283,7 +283,7 @@ PROVIDERS = {
     )
 }
 
-BESIDE = [name for name in PROVIDERS if name != "fa3-deterministic"]  # whom a run compares where nobody is named
+DEFAULT = [name for name in PROVIDERS if name != "fa3-deterministic"]
 
 
 def providers(names):
