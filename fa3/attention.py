@@ -46,8 +46,7 @@ def flash_attn_func(
             number it counts as 0); None means head_dim ** -0.5.
         causal: query i sees keys up to i + seqlen_k - seqlen_q (aligned to the bottom right).
         deterministic: q's gradient is equal to the last bit from run to run, for which the backward takes 1.04 to 1.24
-            times as long (H100, 4k and 16k); out and the gradients of k and v are anyway. At head_dim 64 and 128 the backward
-            needs all SMs of the GPU for it: with fewer, as in a green context, it can hang.
+            times as long (H100, 4k and 16k); out and the gradients of k and v are anyway.
         sm_margin: SMs that the forward leaves to other kernels.
         return_attn_probs: also return the log-sum-exp of each row.
         qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits, pack_gqa:

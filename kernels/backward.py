@@ -244,7 +244,8 @@ class BackwardKernel:
         Q, dO, K, V, other_K, mdK, mdV = tensors
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
         claims = cute.make_tensor(accumulate.count(counts, 0, 0) + 1, 1)  # which DeltaKernel sets to zero, and so no Schedule.finish
-        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster)
+        first_claimed = c.deterministic and c.scheduler == "dynamic"
+        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster, first_claimed)
         if cutlass.const_expr(c.deterministic):
             part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
             turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, part)
@@ -322,9 +323,8 @@ class BackwardKernel:
         c = self.config
         (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO) = rings, copies, tensors, shared
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
-        s_at = barriers.consuming(SCHEDULE_STAGES)
-        position = schedule.first()
-        together, head_kv, batch = schedule.tiles.tile(position)
+        position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        together, head_kv, batch = tile
         cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, dQ's zeros, and the counter's
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, together)
@@ -350,7 +350,7 @@ class BackwardKernel:
     def claim(self, schedule, near_end, zeros):
         """One warp: claims the CTA's next tile when told, tells the others, and makes zeros for tiles to come."""
         c = self.config
-        position, phase = schedule.first(), Int32(0)
+        position, phase = schedule.first(), Int32(schedule.first_claimed)  # 1: waits for nothing the first time
         s_at = barriers.producing(SCHEDULE_STAGES)
         zeros.start()
         cute.arch.griddepcontrol_wait()
@@ -372,9 +372,8 @@ class BackwardKernel:
         """One warp: K and V of each tile. With K, in a cluster, this CTA's half of head_dim of the other CTA's keys."""
         c = self.config
         k_at, v_at = barriers.producing(c.k_stages), barriers.producing(c.v_stages)
-        s_at = barriers.consuming(SCHEDULE_STAGES)
-        position = schedule.first()
-        together, head_kv, batch = schedule.tiles.tile(position)
+        position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        together, head_kv, batch = tile
         while position < schedule.tiles.length:
             n = self.own_keys(together)
             k, v = (TmaSource.of_head(*x, head_kv, batch) for x in zip(rings, copies[:2], tensors[:2], shared[:2]))
@@ -391,9 +390,9 @@ class BackwardKernel:
     @cute.jit
     def keep_turns(self, schedule, mask, turns, queries_per_kv):
         """One warp, where the order is fixed in which key tiles add to dQ: has the CTA wait for its turn at every tile of queries."""
-        s_at, phase = barriers.consuming(SCHEDULE_STAGES), Int32(0)
-        position = schedule.first()
-        together, head_kv, batch = schedule.tiles.tile(position)
+        phase = Int32(0)
+        position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        together, head_kv, batch = tile
         cute.arch.griddepcontrol_wait()
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, together)
@@ -476,10 +475,20 @@ class BackwardKernel:
         computed beside the next tile's first S.
         """
         c = self.config
+        position, place, _ = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        if cutlass.const_expr(not schedule.first_claimed):
+            self.consume_from(position, place, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv, tiles_of)
+        elif position < schedule.tiles.length:
+            self.consume_from(position, place, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv, tiles_of)
+
+    @cute.jit
+    def consume_from(self, position, tile, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv, tiles_of):
+        """The tile at this position of the list, and the CTA's next ones."""
+        c = self.config
         t = self.consumer(*own, *exchanged)
         at, turn = barriers.consuming(2), Int32(0)
-        position = schedule.first()
-        n, head_kv, batch = schedule.tiles.tile(position)
+        heard = int(schedule.first_claimed)  # positions before the loop
+        n, head_kv, batch = tile
         m, m_stop = self.query_tiles(t.mask, n)
         heads_left = queries_per_kv
         place = batch * tiles_of[0] + head_kv * tiles_of[1] + m
@@ -499,7 +508,7 @@ class BackwardKernel:
                 if heads_left == 0:
                     t.v_ring.consumer_release(barriers.at_turn(c.v_stages, turn))
                     self.write(t, (n, head_kv, batch), outputs, softmax_scale)
-                    position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
+                    position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn + heard))
                     going = position < schedule.tiles.length
                     turn += 1
                     m, _ = self.query_tiles(t.mask, n)

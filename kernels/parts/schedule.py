@@ -6,13 +6,14 @@ A CTA's first tile is the one of its own number. What follows depends on the kin
     single      nothing: one CTA a tile, the hardware hands them out in order
     persistent  one tile of every round of the CTAs, odd rounds in reverse, so that each CTA's list adds up alike
     dynamic     the first tile that no CTA has claimed yet: one warp claims it and tells the others
+Where CTAs wait for those that have tiles before theirs, first tiles must be claimed too: a CTA of a low number may not have started.
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, pipeline
+from cutlass import Boolean, Constexpr, Int32, pipeline
 
 
 Divisor = cute.FastDivmodDivisorV2  # a number that was prepared, on the host, for being divided by
@@ -74,6 +75,17 @@ class Schedule:
     slots: cute.Tensor | None
     counter: cute.Tensor | None
     cluster: Constexpr[int] = 1  # CTAs that have a tile together ("single" only)
+    first_claimed: Constexpr[bool] = False  # dynamic only: a CTA's first tile is claimed as the others are; it may get none
+
+    @cute.jit
+    def begin(self, at):
+        """The others: as `hear`, for the position that the CTA begins with."""
+        position = self.first()
+        if cutlass.const_expr(self.first_claimed):
+            position, place, at = self.hear(position, at)
+        else:
+            place = self.tiles.tile(position)
+        return position, place, at
 
     def first(self):
         return cute.arch.block_idx()[0] // self.cluster if self.cluster > 1 else cute.arch.block_idx()[0]
@@ -111,14 +123,16 @@ class Schedule:
         if cutlass.const_expr(self.kind == "dynamic"):
             following = self.tiles.length
             if self.counted():
-                following = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(ticket, 0)
+                following = cute.arch.shuffle_sync(ticket, 0)
+                if cutlass.const_expr(not self.first_claimed):
+                    following += cute.arch.grid_dim()[0]
         else:
             following = self.following(position)
         return following, self.tiles.tile(following)
 
     def counted(self):
         """Whether positions are claimed at all: not where every tile is some CTA's first."""
-        return self.tiles.length > cute.arch.grid_dim()[0]
+        return Boolean(True) if self.first_claimed else self.tiles.length > cute.arch.grid_dim()[0]
 
     @cute.jit
     def tell(self, position, place, at):
