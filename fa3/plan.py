@@ -142,12 +142,12 @@ def head_group(problem, device):
 # (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and
 # perf/results/2026-11-26-paper-bwd-h100-2.json how fast it is.
 BACKWARD = {
-    (64, "none"): dict(tile_m=128, dq_leaves_beside="dK"),
-    (64, "causal"): dict(tile_m=128, dq_beside="dP", dq_leaves_beside="dK"),
+    (64, "none"): dict(tile_m=128),
+    (64, "causal"): dict(tile_m=128),
     (128, "none"): dict(),
     (128, "causal"): dict(),
     (256, "none"): dict(tile_n=64, cluster=2, do_stages=1, dq_beside="dK"),
-    (256, "causal"): dict(tile_n=64, cluster=2, do_stages=1),
+    (256, "causal"): dict(tile_n=64, cluster=2, do_stages=1, dq_beside="S"),
 }
 
 

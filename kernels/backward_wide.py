@@ -18,6 +18,7 @@ from .parts import barriers, tiles, wgmma
 from .parts.mask import RightMask
 from .parts.output import StagedOutput
 from .parts.rounding import round_into
+from .parts.softmax import exp2
 
 ALL_BARRIER = 1  # named barriers: of both warpgroups that consume, and of the second one
 OWN_BARRIER = 2
@@ -224,6 +225,13 @@ class WideBackwardKernel(BackwardKernel):
         dO = t.dO_of_dV[None, None, None, do_at.index]
         wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=before is not None)
         t.q_ring.consumer_release(q_at)  # not before a WGMMA that waits for P, and so for the load of LSE
+
+    @cute.jit
+    def exponentials(self, t: Consumer, lse_log2: cute.Tensor):
+        """S becomes P."""
+        s = wgmma.flat(t.S)
+        for i in [*range(cute.size(s))]:
+            s[i] = exp2(s[i] * t.scale_log2 - lse_log2[i % 2, i // 4])
 
     @cute.jit
     def of_keys(self, t: Consumer, before, q_at, do_at, ds_at, p_at):

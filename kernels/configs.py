@@ -251,8 +251,8 @@ class BackwardConfig:
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight; 2 but at head_dim 256.
     cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
-    dq_beside: what a tile's dQ is computed beside: "S", or "dP", of the tile of queries after it; at head_dim 256 "S", or "dK" of its own.
-    dq_leaves_beside: "dP" or "dK", of the tile after it, while which is computed it is added; decided by dq_beside at head_dim 256.
+    dq_beside: what a tile's dQ is computed beside: "nothing", as a warpgroup of its own has it; at head_dim 256 "S" of the tile of queries
+        after it, or "dK" of its own.
     deterministic: key tiles add to dQ in a fixed order.
     """
 
@@ -264,8 +264,7 @@ class BackwardConfig:
     q_stages: int = 2
     do_stages: int = 2
     cluster: int = 1
-    dq_beside: str = "S"
-    dq_leaves_beside: str = "dP"
+    dq_beside: str = "nothing"
     deterministic: bool = False
 
     family = "backward"
@@ -282,8 +281,7 @@ class BackwardConfig:
         one_of("do_stages", stages)
         one_of("cluster", (1, 2) if self.wide else (1,))
         at_256 = ("dK",) if self.cluster == 1 else ("S", "dK")  # without a cluster, dQ has too many registers to lie beside S
-        one_of("dq_beside", at_256 if self.wide else ("S", "dP"))
-        one_of("dq_leaves_beside", ("dP",) if self.wide else ("dK",) if self.dq_beside == "dP" else ("dP", "dK"))
+        one_of("dq_beside", at_256 if self.wide else ("nothing",))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
@@ -294,13 +292,13 @@ class BackwardConfig:
 
     @property
     def threads(self):
-        """Threads of a CTA: the producer warpgroup and two consumers."""
-        return 3 * WARPGROUP
+        """Threads of a CTA: the producer warpgroup, two consumers, and the one that has dQ, if there is one."""
+        return (3 + self.dq_apart) * WARPGROUP
 
     @property
     def registers(self):
-        """Registers of a (producer, consumer) thread after setmaxnreg."""
-        return 24, 240
+        """Registers of a (producer, consumer) thread after setmaxnreg; between them, those of a thread that has dQ, if there is one."""
+        return (24, 72, 208) if self.dq_apart else (24, 240)
 
     @property
     def entry_registers(self):
@@ -313,6 +311,16 @@ class BackwardConfig:
         return self.head_dim == 256
 
     @property
+    def dq_apart(self):
+        """Whether dQ has a warpgroup of its own; else the consumers compute it, half each."""
+        return not self.wide
+
+    @property
+    def lse_ahead(self):
+        """Whether a consumer loads LSE for the next tile of queries before this one's dK is done; in one case registers are too few for it."""
+        return not (self.head_dim == 64 and self.deterministic)
+
+    @property
     def last_keys_first(self):
         """Whether CTAs take the last keys first: those that add to dQ in order must not wait for CTAs that start after them, and
         with a causal mask the last keys' tiles come to the same queries sooner. Otherwise the tiles that take longest come first.
@@ -321,12 +329,12 @@ class BackwardConfig:
 
     @property
     def dq_by_rows(self):
-        """Whether a warpgroup's accumulator of dQ has 64 queries for rows; else 64 of head_dim."""
+        """Whether an accumulator of dQ has 64 queries for rows; else 64 of head_dim."""
         return self.tile_m == 128 or self.wide
 
     @property
     def dq_part(self):
-        """(queries, columns) of dQ's tile that a warpgroup computes."""
+        """(queries, columns) of dQ's tile that an accumulator has."""
         if self.wide:
             return 64, self.head_dim // (2 * self.cluster)
         return (64, self.head_dim) if self.dq_by_rows else (self.tile_m, 64)
@@ -343,7 +351,7 @@ class BackwardConfig:
 
     @property
     def k_stages(self):
-        """Tiles of K in flight: dQ of a tile's last queries, which needs its K, comes after the next tile's first S."""
+        """Tiles of K in flight: dQ of a tile's last queries, which needs its K, comes beside the next tile's first S."""
         return 2 if self.scheduler == "dynamic" else 1
 
     @property
@@ -380,7 +388,7 @@ class BackwardConfig:
         stages = self.q_stages + self.do_stages
         rings = 8 * 2 * (self.k_stages + self.v_stages + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
         page = 4 * 128
-        return -(-(rings + 8 * (self.ds_buffers + 4) + page + 4 * self.tile_m * stages) // 1024) * 1024
+        return -(-(rings + 8 * (self.ds_buffers * (1 + self.dq_apart) + 4) + page + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):

@@ -7,12 +7,13 @@ stored as ((2, 2, N/8), 1, 1) in that order, so element i of it, flat, has c = i
 
 import cutlass
 import cutlass.cute as cute
+from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
 
 def operation(dtype, n, b_major, a_source, a_major=OperandMajorMode.K):
     """The WGMMA of A (64, k) times B (n, k): fp32 accumulators."""
-    return warpgroup.MmaF16BF16Op(dtype, cutlass.Float32, (64, n, 16), a_source, a_major, b_major)
+    return warpgroup.MmaF16BF16Op(dtype, Float32, (64, n, 16), a_source, a_major, b_major)
 
 
 @cute.jit
@@ -56,6 +57,32 @@ def store_rounded(op: cutlass.Constexpr, rounded: cute.Tensor, shared: cute.Tens
     cute.copy(copy, copy.retile(rounded), copy.partition_D(shared))
 
 
+def address_of_rounded(op, shared: cute.Tensor, thread):
+    """Where `store_transposed` puts this thread's part of a tile of 16-bit numbers in swizzled shared memory, whose rows are contiguous."""
+    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), shared.element_type)
+    own = cute.make_tiled_copy_C(atom, cute.make_tiled_mma(op)).get_slice(thread).partition_D(shared)
+    address = Int32(own.iterator.toint())
+    return address ^ (address >> 3 & 0x70)  # the swizzle of 128 bytes: which 16 of them, by which row of 8
+
+
+@cute.jit
+def store_transposed(rounded: cute.Tensor, address):
+    """`store_rounded` to an address: 16 columns of the accumulator, rows of 128 bytes there, at a time."""
+    pairs = cute.recast_tensor(flat(rounded), Int32)
+    for i in [*range(cute.size(pairs) // 4)]:  # a list, so that the loop is Python's
+        cute.arch.inline_ptx(
+            "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+            read_only_args=[address + i * 16 * 128, *(pairs[4 * i + j] for j in range(4))],
+        )
+
+
+def kept(number):
+    """The number, from now on in a register: what ptxas takes from the thread's index it computes again wherever it is short of them,
+    and to read that index again (S2R) takes as long as what the warp has asked of shared memory before.
+    """
+    return cute.arch.shuffle_sync(number, cute.arch.lane_idx())
+
+
 def wait(groups_in_flight):
     """Waits until at most this many of the warpgroup's committed groups are still in flight."""
     warpgroup.wait_group(groups_in_flight)
@@ -77,13 +104,27 @@ def place_of_column(column):
     return column - within + within % 8 // 2 * 4 + within // 8 * 2 + within % 2
 
 
-@cute.jit
 def load_by_columns(numbers: cute.Tensor, thread):
     """(2, N/8) in registers: of one fp32 number for each column of an accumulator, in shared memory, those of this thread's columns."""
-    own = cute.make_layout((4, cute.size(numbers) // 16), stride=(1, 16))
-    loaded = cute.make_rmem_tensor(own.shape, numbers.element_type)
-    cute.autovec_copy(cute.make_tensor(numbers.iterator + 4 * (thread % 4), own), loaded)
-    return cute.make_tensor(loaded.iterator, cute.make_layout((2, cute.size(numbers) // 8)))
+    return load_own_columns(numbers.iterator + 4 * (thread % 4), cute.size(numbers))
+
+
+def load_columns(address, columns: cutlass.Constexpr[int]):
+    """The same, so many columns, from an `address_of_columns`."""
+    return load_own_columns(cute.make_ptr(Float32, address, cute.AddressSpace.smem, assumed_align=16), columns)
+
+
+def address_of_columns(numbers: cute.Tensor, thread):
+    """Where in shared memory the numbers of this thread's columns begin."""
+    return Int32(numbers.iterator.toint()) + 16 * (thread % 4)
+
+
+@cute.jit
+def load_own_columns(pointer, columns: cutlass.Constexpr[int]):
+    own = cute.make_layout((4, columns // 16), stride=(1, 16))
+    loaded = cute.make_rmem_tensor(own.shape, Float32)
+    cute.autovec_copy(cute.make_tensor(pointer, own), loaded)
+    return cute.make_tensor(loaded.iterator, cute.make_layout((2, columns // 8)))
 
 
 def columns(fragment, part, parts):

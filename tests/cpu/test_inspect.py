@@ -29,9 +29,9 @@ OTHERS = [  # configs that nobody ships, for the formulas
     ForwardConfig(head_dim=64, tile_m=192, presume=True, scheduler="single", extra_k_stages=1),
     ForwardConfig(warp_specialised=False, pingpong=False, scheduler="persistent", q_in_registers=True),
     BackwardConfig(tile_m=48, mask="causal"),
-    BackwardConfig(head_dim=64, tile_m=128, dq_leaves_beside="dK"),
-    BackwardConfig(head_dim=64, tile_m=128, dq_beside="dP", dq_leaves_beside="dK", deterministic=True, mask="causal"),
-    BackwardConfig(head_dim=256, tile_m=64, tile_n=64, cluster=2, do_stages=1, mask="causal"),
+    BackwardConfig(head_dim=64, tile_m=128),
+    BackwardConfig(head_dim=64, tile_m=128, deterministic=True, mask="causal"),
+    BackwardConfig(head_dim=256, tile_m=64, tile_n=64, cluster=2, do_stages=1, dq_beside="S", mask="causal"),
 ]
 
 
