@@ -168,7 +168,7 @@ def test_what_is_accepted_backward_fits_an_sm():
         (dict(dtype="fp32"), "dtype must be one of .*'bf16'.*, got 'fp32'"),
         (dict(head_dim=96), r"head_dim must be one of \(64, 128, 256\), got 96"),
         (dict(head_dim=256), r"tile_n must be one of \(64,\), got 128"),
-        (dict(head_dim=256, tile_n=64, cluster=2, tile_m=80), r"tile_m must be one of \(64,\), got 80"),
+        (dict(head_dim=256, tile_n=64, cluster=2, dq_beside="S", tile_m=80), r"tile_m must be one of \(64,\), got 80"),
         (dict(cluster=2), r"cluster must be one of \(1,\), got 2"),
         (dict(head_dim=256, tile_n=64, cluster=2, dq_beside="S"), "needs 256000 bytes of shared memory, a Hopper block has 232448"),
         (dict(mask="window"), "mask must be one of .*'causal'.*, got 'window'"),

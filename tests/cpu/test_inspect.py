@@ -170,7 +170,7 @@ BROKEN = {
 
 
 def test_several_kernels_are_read_as_one_call():
-    config = BackwardConfig()
+    config = BackwardConfig(head_dim=256, tile_n=64, dq_beside="dK")
     small = USAGE.replace("REG:168", "REG:32").replace("STACK:0", "STACK:8")
     ptx = PTX + PTX.replace("384", "256")
     both = host(config.shared_memory) + host(8192)
