@@ -1,9 +1,9 @@
 """FlashAttention-3's backward pass for Hopper (arXiv 2407.08608, appendix B.1).
 
-A CTA takes tile_n keys of a K/V head, and when it is done with them the next ones that are left. Its producer warpgroup loads, and two
-consumer warpgroups share the work: each has 64 of the keys here, and one of the gradients in backward_wide.py, where they take more
-registers. It walks over the queries that see its keys, of all query heads of the group. The names are the paper's:
-P = exp(S - LSE), dP = dO Vᵀ, dS = P ∘ (dP - delta), dV = Pᵀ dO, dK = dSᵀ Q, dQ = dS K.
+A CTA takes tile_n keys of a K/V head, and when it is done with them the next ones that are left. Its producer warpgroup loads. Two
+consumer warpgroups have 64 of the keys each, and one more has dQ; in backward_wide.py, where gradients take more registers, the two have
+one of them each, and dQ too. They walk over the queries that see the CTA's keys, of all query heads of the group. The names are the
+paper's: P = exp(S - LSE), dP = dO Vᵀ, dS = P ∘ (dP - delta), dV = Pᵀ dO, dK = dSᵀ Q, dQ = dS K.
 
 S and dP are computed transposed, keys by queries: so P and dS are, in registers, the operands that dV and dK need, and only dQ,
 a sum over keys, takes dS from shared memory. dQ is also a sum over CTAs: threads add to it in global memory, in fp32.
@@ -42,20 +42,20 @@ class Consumer:
 
     index: Int32
     thread: Int32
-    opaque: Int32
-    quad: Int32
+    kept: Int32  # thread, and its place among four, in registers
+    column: Int32
     mask: RightMask
     scale_log2: Float32
     q_ring: pipeline.PipelineTmaAsync
     do_ring: pipeline.PipelineTmaAsync
     k_ring: pipeline.PipelineTmaAsync
     v_ring: pipeline.PipelineTmaAsync
-    ds_full: cute.Pointer  # an mbarrier for each buffer of dS
+    ds_full: cute.Pointer  # mbarriers for each buffer of dS
     ds_empty: cute.Pointer
     kq: Constexpr  # the WGMMA operation of Sᵀ = K Qᵀ and of dPᵀ = V dOᵀ
     pdo: Constexpr  # of dV += Pᵀ dO and of dK += dSᵀ Q
-    lse_log2: cute.Tensor  # (tile_m, stage) shared memory
-    delta: cute.Tensor
+    s_lse: cute.Tensor  # (tile_m, stage) shared memory
+    s_delta: cute.Tensor
     sdS: cute.Tensor  # (own keys, tile_m, buffer) shared memory: where this warpgroup's part of dSᵀ goes
     K: cute.Tensor  # operands in shared memory, of the product that is named first
     Q: cute.Tensor
@@ -63,7 +63,7 @@ class Consumer:
     dO: cute.Tensor
     dO_of_dV: cute.Tensor
     Q_of_dK: cute.Tensor
-    lse: cute.Tensor  # registers
+    lse_log2: cute.Tensor  # registers
     S: cute.Tensor
     dP: cute.Tensor
     P: cute.Tensor  # rounded
@@ -200,8 +200,8 @@ class BackwardKernel:
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.v_stages)
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2 * SCHEDULE_STAGES)
         slots = smem.allocate_tensor(Int32, cute.make_layout((4, SCHEDULE_STAGES)), byte_alignment=16)
-        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers)
-        ds_empty = smem.allocate_array(cutlass.Int64, c.ds_buffers)
+        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers * (1 + c.dq_apart))
+        ds_empty = ds_full + c.ds_buffers
         p_full = smem.allocate_array(cutlass.Int64, 1)
         near_end = smem.allocate_array(cutlass.Int64, 1)
         page = smem.allocate_tensor(Float32, cute.make_layout(accumulate.PAGE), byte_alignment=16)
@@ -219,16 +219,17 @@ class BackwardKernel:
         if cutlass.const_expr(c.cluster == 2):
             s_other_k = self.allocate(smem, tiles.smem_layout(self.dtype, c.tile_n, c.head_dim // 2, 1))
 
-        consumer_warps = WARPGROUPS * WARPGROUP // WARP
+        consumer_warps, dq_warps = WARPGROUPS * WARPGROUP // WARP, c.dq_apart * WARPS
         row_bytes = 4 * c.tile_m
         q_ring = barriers.tma_ring(q_barriers, c.q_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
         do_ring = barriers.tma_ring(do_barriers, c.do_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
-        dq_warps = WARPS * c.dq_apart
-        k_ring = barriers.tma_ring(k_barriers, c.k_stages, c.tile_bytes["K"] + c.tile_bytes["other K"], consumer_warps + dq_warps)
+        k_bytes = c.tile_bytes["K"] + c.tile_bytes["other K"]
+        k_ring = barriers.tma_ring(k_barriers, c.k_stages, k_bytes, consumer_warps + dq_warps)
         v_ring = barriers.tma_ring(v_barriers, c.v_stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
-            schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, consumer_warps + dq_warps + 2 + c.deterministic)
+            listeners = consumer_warps + dq_warps + 2 + c.deterministic
+            schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, listeners)
         if warp_index == 0:
             for copy in copies:
                 cpasync.prefetch_descriptor(copy)
@@ -239,7 +240,8 @@ class BackwardKernel:
                 cute.arch.mbarrier_init(turn_barriers + 1, consumer_warps)
                 for i in cutlass.range_constexpr(c.ds_buffers):
                     cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
-                    cute.arch.mbarrier_init(ds_empty + i, WARPS)
+                    if cutlass.const_expr(c.dq_apart):
+                        cute.arch.mbarrier_init(ds_empty + i, WARPS)
         cute.arch.mbarrier_init_fence()
         self.meet()
         cute.arch.griddepcontrol_launch_dependents()
@@ -265,21 +267,18 @@ class BackwardKernel:
             elif cutlass.const_expr(c.scheduler == "dynamic"):
                 zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
                 self.claim(schedule, near_end, zeros)
-        elif c.dq_apart and warpgroup_index == 3:
+        elif c.dq_apart and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
             adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
-            self.compute_dq(
-                thread % WARPGROUP, mask, schedule, k_ring, (ds_full, ds_empty), (sK, sdS), adder, queries_per_kv, tiles_of
-            )
+            waited_for = k_ring, ds_full, ds_empty
+            self.compute_dq(schedule, mask, waited_for, sK, sdS, adder, thread % WARPGROUP, queries_per_kv, tiles_of)
         else:
             cute.arch.setmaxregister_increase(c.registers[-1])
             outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, s_out)
             adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
-            opaque = cute.arch.shuffle_sync(thread % WARPGROUP, cute.arch.lane_idx())
-            quad = cute.arch.shuffle_sync(thread % 4, cute.arch.lane_idx())
-            own = warpgroup_index - 1, thread % WARPGROUP, opaque, quad, mask, scales[1]
-            rings = q_ring, do_ring, k_ring, v_ring
-            exchanged = (*rings, ds_full, p_full if c.wide else ds_empty), (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
+            own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
+            rings = q_ring, do_ring, k_ring, v_ring, ds_full, ds_empty if c.dq_apart else p_full
+            exchanged = rings, (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
             self.consume(own, exchanged, schedule, adder, outputs, scales[0], queries_per_kv, tiles_of)
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
@@ -416,16 +415,13 @@ class BackwardKernel:
                     phase ^= 1
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
 
-    def consumer(self, index, thread, opaque, quad, mask, scale_log2, rings, shared, rows):
+    def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
         sQ, sdO, sK, sV, sdS, *_ = shared
-        K_MAJOR, MN_MAJOR = OperandMajorMode.K, OperandMajorMode.MN
-        registers, memory = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
-        kq_op = wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory)
-        pdo_op = wgmma.operation(self.dtype, c.head_dim, MN_MAJOR, registers)
+        kq_op = wgmma.operation(self.dtype, c.tile_m, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
+        pdo_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         kq, pdo = (cute.make_tiled_mma(op) for op in (kq_op, pdo_op))
-
         def operand_a(mma, tile):
             return mma.make_fragment_A(mma.get_slice(0).partition_A(tile))
 
@@ -438,8 +434,8 @@ class BackwardKernel:
         return Consumer(
             index,
             thread,
-            opaque,
-            quad,
+            wgmma.kept(thread),
+            wgmma.kept(thread % 4) if c.lse_ahead else thread % 4,
             mask,
             scale_log2,
             *rings,
@@ -453,7 +449,7 @@ class BackwardKernel:
             dO=operand_b(kq, sdO),
             dO_of_dV=operand_b(pdo, tiles.transposed(sdO)),
             Q_of_dK=operand_b(pdo, tiles.transposed(sQ)),
-            lse=cute.make_rmem_tensor(cute.make_layout((2, c.tile_m // 8)), Float32),
+            lse_log2=cute.make_rmem_tensor((2, c.tile_m // 8), Float32),
             S=accumulator(kq, c.tile_m),
             dP=accumulator(kq, c.tile_m),
             P=accumulator(kq, c.tile_m, self.dtype),
@@ -468,11 +464,10 @@ class BackwardKernel:
 
     @cute.jit
     def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv, tiles_of):
-        """One warpgroup: dK and dV of 64 keys of each tile that the CTA gets.
+        """One warpgroup: dK and dV of 64 keys of each tile that the CTA gets. (adder, tiles_of: for the kernel whose consumers have dQ too.)
 
         One loop over the tiles of queries of all tiles of keys, as ptxas spills in a loop around the loop.
         """
-        c = self.config
         position, place, _ = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         if cutlass.const_expr(not schedule.first_claimed):
             self.consume_from(position, place, own, exchanged, schedule, outputs, softmax_scale, queries_per_kv)
@@ -489,14 +484,12 @@ class BackwardKernel:
         n, head_kv, batch = tile
         m, m_stop = self.query_tiles(t.mask, n)
         heads_left = queries_per_kv
-        t.k_ring.consumer_wait(barriers.at_turn(c.k_stages, turn))
-        self.fetch_lse(t, at)
-        t.dK.fill(0.0)
-        t.dV.fill(0.0)
+        self.begin_tile(t, turn, at)
         going = heads_left > 0
         while going:
             k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
-            at = self.step(t, n, m, k_at.index, v_at, at, m + 1 == m_stop and heads_left == 1)
+            self.step(t, n, m, k_at.index, v_at, at, m + 1 == m_stop and heads_left == 1)
+            at.advance()
             m += 1
             if m == m_stop:
                 heads_left -= 1
@@ -508,49 +501,58 @@ class BackwardKernel:
                     position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn + heard))
                     going = position < schedule.tiles.length
                     turn += 1
-                    m, m_stop = self.query_tiles(t.mask, n)
+                    m, _ = self.query_tiles(t.mask, n)
                     heads_left = queries_per_kv
-                    t.dK.fill(0.0)
-                    t.dV.fill(0.0)
                     if going:
-                        t.k_ring.consumer_wait(barriers.at_turn(c.k_stages, turn))
-                        self.fetch_lse(t, at)
+                        self.begin_tile(t, turn, at)
         outputs[0].finish()
 
     @cute.jit
-    def compute_dq(self, thread, mask, schedule, k_ring, ds_barriers, shared, adder, queries_per_kv, tiles_of):
-        """One warpgroup: what each tile of keys that the CTA gets adds to dQ."""
+    def begin_tile(self, t: Consumer, turn, at):
+        """Before a tile's first step."""
+        t.dK.fill(0.0)
+        t.dV.fill(0.0)
+        t.k_ring.consumer_wait(barriers.at_turn(self.config.k_stages, turn))
+        if cutlass.const_expr(self.config.lse_ahead):
+            self.fetch_lse(t, at)
+
+    @cute.jit
+    def compute_dq(self, schedule, mask, waited_for, sK, sdS, adder, thread, queries_per_kv, tiles_of):
+        """One warpgroup: what each tile of keys that the CTA gets adds to dQ, half a tile of dQ at a time."""
         c = self.config
-        (ds_full, ds_empty), (sK, sdS) = ds_barriers, shared
-        K_MAJOR, MN_MAJOR, memory = OperandMajorMode.K, OperandMajorMode.MN, warpgroup.OperandSource.SMEM
-        if cutlass.const_expr(c.dq_by_rows):
-            op = wgmma.operation(self.dtype, c.head_dim, MN_MAJOR, memory)  # dQ = dS K, 64 queries each
-        else:
-            op = wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory, MN_MAJOR)  # dQᵀ = Kᵀ dSᵀ, 64 of head_dim each
+        k_ring, ds_full, ds_empty = waited_for
+        memory = warpgroup.OperandSource.SMEM
+        if cutlass.const_expr(c.dq_by_rows):  # dQ = dS K, 64 queries each
+            op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, memory)
+            rows, columns = sdS, tiles.transposed(sK)
+        else:  # dQᵀ = Kᵀ dSᵀ, 64 of head_dim each
+            op = wgmma.operation(self.dtype, c.tile_m, OperandMajorMode.K, memory, OperandMajorMode.MN)
+            rows, columns = tiles.transposed(sK), sdS
         mma = cute.make_tiled_mma(op)
-        by_row, by_column = (sdS, tiles.transposed(sK)) if c.dq_by_rows else (tiles.transposed(sK), sdS)
-        A = [mma.make_fragment_A(mma.get_slice(0).partition_A(self.own_rows(by_row, i))) for i in range(WARPGROUPS)]
-        B = mma.make_fragment_B(mma.get_slice(0).partition_B(by_column))
-        acc = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, c.head_dim if c.dq_by_rows else c.tile_m)), Float32)
+        A = [mma.make_fragment_A(mma.get_slice(0).partition_A(self.own_rows(rows, half))) for half in range(2)]
+        B = mma.make_fragment_B(mma.get_slice(0).partition_B(columns))
+        dQ = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, c.head_dim if c.dq_by_rows else c.tile_m)), Float32)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         n, head_kv, batch = tile
-        k_at, at = barriers.consuming(c.k_stages), barriers.consuming(c.ds_buffers)
+        k_at, ds_at = barriers.consuming(c.k_stages), barriers.consuming(c.ds_buffers)
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, n)
+            place = batch * tiles_of[0] + head_kv * tiles_of[1]
             k_ring.consumer_wait(k_at)
             for h in cutlass.range(queries_per_kv, unroll=1):
-                place = batch * tiles_of[0] + head_kv * tiles_of[1] + h * (tiles_of[1] // queries_per_kv)
+                place += m_first
                 for m in cutlass.range(m_first, m_stop, unroll=1):
-                    cute.arch.mbarrier_wait(ds_full + at.index, at.phase)
-                    for part in cutlass.range_constexpr(WARPGROUPS):
-                        a_at, b_at = (at.index, k_at.index) if c.dq_by_rows else (k_at.index, at.index)
-                        wgmma.issue(op, acc, A[part][None, None, None, a_at], B[None, None, None, b_at], accumulate=False)
+                    cute.arch.mbarrier_wait(ds_full + ds_at.index, ds_at.phase)
+                    for half in cutlass.range_constexpr(2):
+                        a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
+                        wgmma.issue(op, dQ, A[half][None, None, None, a_stage], B[None, None, None, b_stage], accumulate=False)
                         wgmma.wait(0)
-                        if cutlass.const_expr(part == WARPGROUPS - 1):
+                        if cutlass.const_expr(half == 1):
                             if cute.arch.lane_idx() == 0:
-                                cute.arch.mbarrier_arrive(ds_empty + at.index)
-                        adder.add(acc, place + m, at.index, part, thread)
-                    at.advance()
+                                cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
+                        adder.add(dQ, place, ds_at.index, half, thread)
+                    ds_at.advance()
+                    place += 1
             k_ring.consumer_release(k_at)
             k_at.advance()
             position, (n, head_kv, batch), s_at = schedule.hear(position, s_at)
@@ -567,43 +569,53 @@ class BackwardKernel:
 
     @cute.jit
     def step(self, t: Consumer, n, m, k_stage, v_at, at, last):
-        """A tile of queries: S, P, dP, dS, dV and dK."""
+        """A tile of queries: S, P, dP, dS, dV and dK. last: of its tile of keys.
+
+        ptxas puts the exponentials between dP's WGMMAs. What comes from shared memory comes late, as WGMMAs keep it busy: delta is asked
+        for before dV, and the next tile's LSE, if registers allow, behind dK.
+        """
         c = self.config
         K, V = t.K[None, None, None, k_stage], t.V[None, None, None, v_at.index]
+        dO, Q = t.dO_of_dV[None, None, None, at.index], t.Q_of_dK[None, None, None, at.index]
+        if cutlass.const_expr(not c.lse_ahead):
+            t.q_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.S, K, t.Q[None, None, None, at.index], accumulate=False)
+        if cutlass.const_expr(not c.lse_ahead):
+            self.load_lse(t, at)
         wgmma.wait(0)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
-        self.exponentials(t, t.lse)
-        round_into(t.P, t.S)
+        self.exponentials(t)
         t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
-        dO, Q = t.dO_of_dV[None, None, None, at.index], t.Q_of_dK[None, None, None, at.index]
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True)
-        delta = wgmma.load_by_columns(t.delta[None, at.index], t.quad)
+        delta = wgmma.load_by_columns(t.s_delta[None, at.index], t.column)
         wgmma.wait(1)
         self.differentials(t.dP, t.P, delta)
         round_into(t.dS, t.dP)
         cute.arch.mbarrier_wait(t.ds_empty + at.index, at.phase ^ 1)
-        wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, at.index], t.opaque, transposed=True)
+        wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, at.index], t.kept, transposed=True)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=True)
         self.publish()
         if cute.arch.lane_idx() == 0:
             cute.arch.mbarrier_arrive(t.ds_full + at.index)
-        following = at.clone()
-        if not last:
-            following.advance()
-        self.fetch_lse(t, following)
+        if cutlass.const_expr(c.lse_ahead):
+            following = at.clone()
+            if not last:  # else there may be none: this tile's is there, and not used
+                following.advance()
+            self.fetch_lse(t, following)
         wgmma.wait(0)
         t.do_ring.consumer_release(at)
         t.q_ring.consumer_release(at)
-        at.advance()
-        return at
 
-    def fetch_lse(self, t, at):
+    def fetch_lse(self, t: Consumer, at):
         t.q_ring.consumer_wait(at)
-        t.lse.store(wgmma.load_by_columns(t.lse_log2[None, at.index], t.quad).load())
+        self.load_lse(t, at)
+
+    def load_lse(self, t: Consumer, at):
+        c = self.config
+        t.lse_log2.store(wgmma.load_by_columns(t.s_lse[None, at.index], t.column).load())
 
     @cute.jit
     def scale(self, acc: cute.Tensor, factor):
@@ -612,11 +624,12 @@ class BackwardKernel:
             flat[i] = flat[i] * factor
 
     @cute.jit
-    def exponentials(self, t: Consumer, lse_log2: cute.Tensor):
+    def exponentials(self, t: Consumer):
         """S becomes P."""
         s = wgmma.flat(t.S)
         for i in [*range(cute.size(s))]:
-            s[i] = exp2(s[i] * t.scale_log2 - lse_log2[i % 2, i // 4])
+            s[i] = exp2(s[i] * t.scale_log2 - t.lse_log2[i % 2, i // 4])
+        round_into(t.P, t.S)
 
     @cute.jit
     def differentials(self, dP: cute.Tensor, P: cute.Tensor, delta: cute.Tensor):
