@@ -42,8 +42,7 @@ class Consumer:
 
     index: Int32
     thread: Int32
-    kept: Int32  # thread, and its place among four, in registers
-    column: Int32
+    leads: Boolean  # whether this thread is its warp's first
     mask: RightMask
     scale_log2: Float32
     q_ring: pipeline.PipelineTmaAsync
@@ -54,9 +53,9 @@ class Consumer:
     ds_empty: cute.Pointer
     kq: Constexpr  # the WGMMA operation of Sᵀ = K Qᵀ and of dPᵀ = V dOᵀ
     pdo: Constexpr  # of dV += Pᵀ dO and of dK += dSᵀ Q
-    s_lse: cute.Tensor  # (tile_m, stage) shared memory
-    s_delta: cute.Tensor
-    sdS: cute.Tensor  # (own keys, tile_m, buffer) shared memory: where this warpgroup's part of dSᵀ goes
+    lse_at: Int32  # addresses in shared memory, of the first stage or buffer: of what this thread needs of LSE,
+    delta_at: Int32  # of delta,
+    ds_at: Int32  # and where its part of dSᵀ goes
     K: cute.Tensor  # operands in shared memory, of the product that is named first
     Q: cute.Tensor
     V: cute.Tensor
@@ -422,6 +421,13 @@ class BackwardKernel:
         kq_op = wgmma.operation(self.dtype, c.tile_m, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
         pdo_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         kq, pdo = (cute.make_tiled_mma(op) for op in (kq_op, pdo_op))
+        own_ds = self.own_rows(tiles.transposed(sdS), index)[None, None, 0]
+        lse_at, delta_at = (wgmma.address_of_columns(x, thread) for x in rows)
+        if cutlass.const_expr(c.lse_ahead):
+            delta_after = delta_at - lse_at
+            lse_at = wgmma.kept(lse_at)
+            delta_at = lse_at + delta_after
+
         def operand_a(mma, tile):
             return mma.make_fragment_A(mma.get_slice(0).partition_A(tile))
 
@@ -434,15 +440,15 @@ class BackwardKernel:
         return Consumer(
             index,
             thread,
-            wgmma.kept(thread),
-            wgmma.kept(thread % 4) if c.lse_ahead else thread % 4,
+            cute.arch.lane_idx() == 0,
             mask,
             scale_log2,
             *rings,
             kq_op,
             pdo_op,
-            *rows,
-            sdS=self.own_rows(tiles.transposed(sdS), index),
+            lse_at,
+            delta_at,
+            ds_at=wgmma.kept(wgmma.address_of_rounded(kq_op, own_ds, thread)),
             K=operand_a(kq, self.own_rows(sK, index)),
             Q=operand_b(kq, sQ),
             V=operand_a(kq, self.own_rows(sV, index)),
@@ -585,20 +591,21 @@ class BackwardKernel:
         wgmma.wait(0)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
-        self.exponentials(t)
+        self.scale_scores(t)
         t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
+        self.exponentials(t)
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True)
-        delta = wgmma.load_by_columns(t.s_delta[None, at.index], t.column)
+        delta = wgmma.load_columns(t.delta_at + 4 * c.tile_m * at.index, c.tile_m)
         wgmma.wait(1)
         self.differentials(t.dP, t.P, delta)
         round_into(t.dS, t.dP)
         cute.arch.mbarrier_wait(t.ds_empty + at.index, at.phase ^ 1)
-        wgmma.store_rounded(t.kq, t.dS, t.sdS[None, None, at.index], t.kept, transposed=True)
+        wgmma.store_transposed(t.dS, t.ds_at + c.tile_bytes["dS"] * at.index)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=True)
         self.publish()
-        if cute.arch.lane_idx() == 0:
+        if t.leads:
             cute.arch.mbarrier_arrive(t.ds_full + at.index)
         if cutlass.const_expr(c.lse_ahead):
             following = at.clone()
@@ -606,8 +613,9 @@ class BackwardKernel:
                 following.advance()
             self.fetch_lse(t, following)
         wgmma.wait(0)
-        t.do_ring.consumer_release(at)
-        t.q_ring.consumer_release(at)
+        if t.leads:
+            cute.arch.mbarrier_arrive(t.do_ring.consumer_get_barrier(at))
+            cute.arch.mbarrier_arrive(t.q_ring.consumer_get_barrier(at))
 
     def fetch_lse(self, t: Consumer, at):
         t.q_ring.consumer_wait(at)
@@ -615,7 +623,14 @@ class BackwardKernel:
 
     def load_lse(self, t: Consumer, at):
         c = self.config
-        t.lse_log2.store(wgmma.load_by_columns(t.s_lse[None, at.index], t.column).load())
+        t.lse_log2.store(wgmma.load_columns(t.lse_at + 4 * c.tile_m * at.index, c.tile_m).load())
+
+    @cute.jit
+    def scale_scores(self, t: Consumer):
+        """S becomes the exponents of P, to base 2."""
+        s = wgmma.flat(t.S)
+        for i in [*range(cute.size(s))]:
+            s[i] = s[i] * t.scale_log2 - t.lse_log2[i % 2, i // 4]
 
     @cute.jit
     def scale(self, acc: cute.Tensor, factor):
@@ -625,11 +640,13 @@ class BackwardKernel:
 
     @cute.jit
     def exponentials(self, t: Consumer):
-        """S becomes P."""
-        s = wgmma.flat(t.S)
-        for i in [*range(cute.size(s))]:
-            s[i] = exp2(s[i] * t.scale_log2 - t.lse_log2[i % 2, i // 4])
-        round_into(t.P, t.S)
+        """Those become P."""
+        for half in [*range(2)]:
+            S, P = (wgmma.columns(x, half, 2) for x in (t.S, t.P))
+            s = wgmma.flat(S)
+            for i in [*range(cute.size(s))]:
+                s[i] = exp2(s[i])
+            round_into(P, S)
 
     @cute.jit
     def differentials(self, dP: cute.Tensor, P: cute.Tensor, delta: cute.Tensor):
