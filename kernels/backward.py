@@ -53,9 +53,9 @@ class Consumer:
     ds_empty: cute.Pointer
     kq: Constexpr  # the WGMMA operation of Sᵀ = K Qᵀ and of dPᵀ = V dOᵀ
     pdo: Constexpr  # of dV += Pᵀ dO and of dK += dSᵀ Q
-    lse_at: Int32  # addresses in shared memory, of the first stage or buffer: of what this thread needs of LSE,
-    delta_at: Int32  # of delta,
-    ds_at: Int32  # and where its part of dSᵀ goes
+    lse_address: Int32  # in shared memory, in the first stage or buffer: of what this thread needs of LSE,
+    delta_address: Int32  # of delta,
+    ds_address: Int32  # and where its part of dSᵀ goes
     K: cute.Tensor  # operands in shared memory, of the product that is named first
     Q: cute.Tensor
     V: cute.Tensor
@@ -199,7 +199,7 @@ class BackwardKernel:
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.v_stages)
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2 * SCHEDULE_STAGES)
         slots = smem.allocate_tensor(Int32, cute.make_layout((4, SCHEDULE_STAGES)), byte_alignment=16)
-        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers * (1 + c.dq_apart))
+        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers * (1 + c.dq_warpgroup))
         ds_empty = ds_full + c.ds_buffers
         p_full = smem.allocate_array(cutlass.Int64, 1)
         near_end = smem.allocate_array(cutlass.Int64, 1)
@@ -218,7 +218,7 @@ class BackwardKernel:
         if cutlass.const_expr(c.cluster == 2):
             s_other_k = self.allocate(smem, tiles.smem_layout(self.dtype, c.tile_n, c.head_dim // 2, 1))
 
-        consumer_warps, dq_warps = WARPGROUPS * WARPGROUP // WARP, c.dq_apart * WARPS
+        consumer_warps, dq_warps = WARPGROUPS * WARPGROUP // WARP, c.dq_warpgroup * WARPS
         row_bytes = 4 * c.tile_m
         q_ring = barriers.tma_ring(q_barriers, c.q_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
         do_ring = barriers.tma_ring(do_barriers, c.do_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
@@ -239,7 +239,7 @@ class BackwardKernel:
                 cute.arch.mbarrier_init(turn_barriers + 1, consumer_warps)
                 for i in cutlass.range_constexpr(c.ds_buffers):
                     cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
-                    if cutlass.const_expr(c.dq_apart):
+                    if cutlass.const_expr(c.dq_warpgroup):
                         cute.arch.mbarrier_init(ds_empty + i, WARPS)
         cute.arch.mbarrier_init_fence()
         self.meet()
@@ -253,6 +253,7 @@ class BackwardKernel:
         if cutlass.const_expr(c.deterministic):
             part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
             turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, part)
+        adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             if warp_index == 0:
@@ -266,17 +267,15 @@ class BackwardKernel:
             elif cutlass.const_expr(c.scheduler == "dynamic"):
                 zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
                 self.claim(schedule, near_end, zeros)
-        elif c.dq_apart and warpgroup_index > WARPGROUPS:
+        elif c.dq_warpgroup and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
-            adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
             waited_for = k_ring, ds_full, ds_empty
             self.compute_dq(schedule, mask, waited_for, sK, sdS, adder, thread % WARPGROUP, queries_per_kv, tiles_of)
         else:
             cute.arch.setmaxregister_increase(c.registers[-1])
             outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, s_out)
-            adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
-            rings = q_ring, do_ring, k_ring, v_ring, ds_full, ds_empty if c.dq_apart else p_full
+            rings = q_ring, do_ring, k_ring, v_ring, ds_full, ds_empty if c.dq_warpgroup else p_full
             exchanged = rings, (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
             self.consume(own, exchanged, schedule, adder, outputs, scales[0], queries_per_kv, tiles_of)
         if cutlass.const_expr(c.cluster > 1):
@@ -422,11 +421,11 @@ class BackwardKernel:
         pdo_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         kq, pdo = (cute.make_tiled_mma(op) for op in (kq_op, pdo_op))
         own_ds = self.own_rows(tiles.transposed(sdS), index)[None, None, 0]
-        lse_at, delta_at = (wgmma.address_of_columns(x, thread) for x in rows)
+        lse_address, delta_address = (wgmma.address_of_columns(x, thread) for x in rows)
         if cutlass.const_expr(c.lse_ahead):
-            delta_after = delta_at - lse_at
-            lse_at = wgmma.kept(lse_at)
-            delta_at = lse_at + delta_after
+            delta_after = delta_address - lse_address
+            lse_address = wgmma.keep(lse_address)
+            delta_address = lse_address + delta_after
 
         def operand_a(mma, tile):
             return mma.make_fragment_A(mma.get_slice(0).partition_A(tile))
@@ -446,9 +445,9 @@ class BackwardKernel:
             *rings,
             kq_op,
             pdo_op,
-            lse_at,
-            delta_at,
-            ds_at=wgmma.kept(wgmma.address_of_rounded(kq_op, own_ds, thread)),
+            lse_address,
+            delta_address,
+            ds_address=wgmma.keep(wgmma.address_of_transposed(kq_op, own_ds, thread)),
             K=operand_a(kq, self.own_rows(sK, index)),
             Q=operand_b(kq, sQ),
             V=operand_a(kq, self.own_rows(sV, index)),
@@ -474,11 +473,11 @@ class BackwardKernel:
 
         One loop over the tiles of queries of all tiles of keys, as ptxas spills in a loop around the loop.
         """
-        position, place, _ = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        position, tile, _ = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         if cutlass.const_expr(not schedule.first_claimed):
-            self.consume_from(position, place, own, exchanged, schedule, outputs, softmax_scale, queries_per_kv)
+            self.consume_from(position, tile, own, exchanged, schedule, outputs, softmax_scale, queries_per_kv)
         elif position < schedule.tiles.length:
-            self.consume_from(position, place, own, exchanged, schedule, outputs, softmax_scale, queries_per_kv)
+            self.consume_from(position, tile, own, exchanged, schedule, outputs, softmax_scale, queries_per_kv)
 
     @cute.jit
     def consume_from(self, position, tile, own, exchanged, schedule, outputs, softmax_scale, queries_per_kv):
@@ -575,10 +574,10 @@ class BackwardKernel:
 
     @cute.jit
     def step(self, t: Consumer, n, m, k_stage, v_at, at, last):
-        """A tile of queries: S, P, dP, dS, dV and dK. last: of its tile of keys.
+        """A tile of queries: S, P, dP, dS, dV and dK. last: whether it is the last one for this tile of keys.
 
-        ptxas puts the exponentials between dP's WGMMAs. What comes from shared memory comes late, as WGMMAs keep it busy: delta is asked
-        for before dV, and the next tile's LSE, if registers allow, behind dK.
+        ptxas puts the exponentials between dP's WGMMAs. What is loaded from shared memory comes late, as WGMMAs keep it busy: delta is
+        asked for beside dV, and LSE of the next tile of queries, if there are registers for it, beside dK.
         """
         c = self.config
         K, V = t.K[None, None, None, k_stage], t.V[None, None, None, v_at.index]
@@ -597,19 +596,19 @@ class BackwardKernel:
         wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
         self.exponentials(t)
         wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True)
-        delta = wgmma.load_columns(t.delta_at + 4 * c.tile_m * at.index, c.tile_m)
+        delta = wgmma.load_columns(t.delta_address + 4 * c.tile_m * at.index, c.tile_m)
         wgmma.wait(1)
         self.differentials(t.dP, t.P, delta)
         round_into(t.dS, t.dP)
         cute.arch.mbarrier_wait(t.ds_empty + at.index, at.phase ^ 1)
-        wgmma.store_transposed(t.dS, t.ds_at + c.tile_bytes["dS"] * at.index)
+        wgmma.store_transposed(t.dS, t.ds_address + c.tile_bytes["dS"] * at.index)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=True)
         self.publish()
         if t.leads:
             cute.arch.mbarrier_arrive(t.ds_full + at.index)
         if cutlass.const_expr(c.lse_ahead):
             following = at.clone()
-            if not last:  # else there may be none: this tile's is there, and not used
+            if not last:  # then begin_tile does it; this tile's is loaded again, and not used
                 following.advance()
             self.fetch_lse(t, following)
         wgmma.wait(0)
@@ -623,7 +622,7 @@ class BackwardKernel:
 
     def load_lse(self, t: Consumer, at):
         c = self.config
-        t.lse_log2.store(wgmma.load_columns(t.lse_at + 4 * c.tile_m * at.index, c.tile_m).load())
+        t.lse_log2.store(wgmma.load_columns(t.lse_address + 4 * c.tile_m * at.index, c.tile_m).load())
 
     @cute.jit
     def scale_scores(self, t: Consumer):

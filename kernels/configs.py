@@ -293,12 +293,12 @@ class BackwardConfig:
     @property
     def threads(self):
         """Threads of a CTA: the producer warpgroup, two consumers, and the one that has dQ, if there is one."""
-        return (3 + self.dq_apart) * WARPGROUP
+        return (3 + self.dq_warpgroup) * WARPGROUP
 
     @property
     def registers(self):
         """Registers of a (producer, consumer) thread after setmaxnreg; between them, those of a thread that has dQ, if there is one."""
-        return (24, 72, 208) if self.dq_apart else (24, 240)
+        return (24, 72, 208) if self.dq_warpgroup else (24, 240)
 
     @property
     def entry_registers(self):
@@ -311,13 +311,13 @@ class BackwardConfig:
         return self.head_dim == 256
 
     @property
-    def dq_apart(self):
+    def dq_warpgroup(self):
         """Whether dQ has a warpgroup of its own; else the consumers compute it, half each."""
         return not self.wide
 
     @property
     def lse_ahead(self):
-        """Whether a consumer loads LSE for the next tile of queries before this one's dK is done; in one case registers are too few for it."""
+        """Whether LSE of the next tile of queries is loaded beside this one's dK: where there are registers for it."""
         return not (self.head_dim == 64 and self.deterministic)
 
     @property
@@ -388,7 +388,7 @@ class BackwardConfig:
         stages = self.q_stages + self.do_stages
         rings = 8 * 2 * (self.k_stages + self.v_stages + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
         page = 4 * 128
-        return -(-(rings + 8 * (self.ds_buffers * (1 + self.dq_apart) + 4) + page + 4 * self.tile_m * stages) // 1024) * 1024
+        return -(-(rings + 8 * (self.ds_buffers * (1 + self.dq_warpgroup) + 4) + page + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):

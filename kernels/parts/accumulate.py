@@ -154,7 +154,7 @@ class Adder:
 
     @cute.jit
     def add(self, acc: cute.Tensor, tile, phase, part, thread):
-        """To a tile, by its number among all. phase: of the turns' mbarriers. part: of the tile, which this warpgroup has."""
+        """To a tile, by its number among all. phase: of the turns' mbarriers. part: of the tile, which acc is."""
         if cutlass.const_expr(self.turns is not None):
             cute.arch.mbarrier_wait(self.turns.granted, phase)
         warp = part * WARPS + cute.arch.make_warp_uniform(thread // WARP)

@@ -57,7 +57,7 @@ def store_rounded(op: cutlass.Constexpr, rounded: cute.Tensor, shared: cute.Tens
     cute.copy(copy, copy.retile(rounded), copy.partition_D(shared))
 
 
-def address_of_rounded(op, shared: cute.Tensor, thread):
+def address_of_transposed(op, shared: cute.Tensor, thread):
     """Where `store_transposed` puts this thread's part of a tile of 16-bit numbers in swizzled shared memory, whose rows are contiguous."""
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), shared.element_type)
     own = cute.make_tiled_copy_C(atom, cute.make_tiled_mma(op)).get_slice(thread).partition_D(shared)
@@ -76,9 +76,11 @@ def store_transposed(rounded: cute.Tensor, address):
         )
 
 
-def kept(number):
-    """The number, from now on in a register: what ptxas takes from the thread's index it computes again wherever it is short of them,
-    and to read that index again (S2R) takes as long as what the warp has asked of shared memory before.
+def keep(number):
+    """The same number, which ptxas keeps in a register from here on.
+
+    Where it is short of them it would compute what follows from the thread's index again each time; and reading that index (S2R) takes
+    until all is done that the warp has asked of shared memory before. A shuffle's result it can't compute again.
     """
     return cute.arch.shuffle_sync(number, cute.arch.lane_idx())
 

@@ -155,7 +155,7 @@ def test_what_is_accepted_backward_fits_an_sm():
     for c in accepted:
         assert c.shared_memory <= 227 * 1024, c
         assert c.threads * c.entry_registers <= 65536, c
-        assert sum(r * n for r, n in zip(c.registers, (128, 128, 256) if c.dq_apart else (128, 256))) <= c.threads * c.entry_registers, c
+        assert sum(r * n for r, n in zip(c.registers, (128, 128, 256) if c.dq_warpgroup else (128, 256))) <= c.threads * c.entry_registers, c
         # what dQ's sum is made of: every number of a tile is in one thread's accumulator, and moves 16 bytes at a time
         assert c.accumulator_size * 256 * c.cluster == c.tile_m * c.head_dim and c.accumulator_size % 4 == 0, c
         # the kernel before moves 16 bytes a thread, 256 threads at a time, and a tile's LSE is copied in pieces of 16 bytes

@@ -630,7 +630,7 @@ def test_deterministic(d, causal, heads):
             assert not found, f"lengths {seqlen_q}, {seqlen_k}, run {run}: {found}"
 
 
-# Gradients where CTAs start late or never beside each other: while a forward on another stream has some of the SMs for milliseconds,
+# Gradients where CTAs start late, or a few at a time: while a forward on another stream has some of the SMs for milliseconds,
 # and on a stream that has 16 of them (a green context).
 CHILD = """
 import sys
