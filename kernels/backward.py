@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Float32, Int32, pipeline
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
@@ -121,14 +121,18 @@ class BackwardKernel:
         head_group = Int32(1)
         if cutlass.const_expr(c.deterministic):
             head_group = max(1, sms // (key_tiles * c.cluster))  # a head's CTAs add one after the other, so they should start so
-        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], head_group)
+        last_heads = None
+        if cutlass.const_expr(c.mask == "causal" and not c.last_keys_first):  # the shortest tiles of several heads come last
+            last_heads = min(K.shape[2] * K.shape[3], max(1, 2 * sms // (key_tiles * c.cluster)))
+        tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], head_group, last_heads)
         ctas = tile_list.length if c.scheduler == "single" else min(tile_list.length, sms)
         queries_per_kv = Q.shape[2] // K.shape[2]
         ahead = cute.ceil_div(ctas, key_tiles * head_group)
         counts = accumulate.counts_of(dQ)
         query_tiles = lse_log2.shape[2] // c.tile_m
         tiles_of = Q.shape[2] * query_tiles, queries_per_kv * query_tiles
-        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, 2 * ahead * head_group, queries_per_kv, stream)
+        zeroed = 2 * ahead * head_group, tile_list.last_group * head_group
+        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, zeroed, queries_per_kv, stream)
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = mQ, mdO, mK, mV, other_K, mdK, mdV
         layouts = q_layout, do_layout, k_layout, v_layout, ds_layout
@@ -227,7 +231,7 @@ class BackwardKernel:
         v_ring = barriers.tma_ring(v_barriers, c.v_stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
-            listeners = consumer_warps + dq_warps + 2 + c.deterministic
+            listeners = consumer_warps + dq_warps + 3
             schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, listeners)
         if warp_index == 0:
             for copy in copies:
@@ -256,16 +260,18 @@ class BackwardKernel:
         adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
+            zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
             if warp_index == 0:
                 rings, rows = (q_ring, do_ring), ((lse_log2, delta), (s_lse, s_delta))
                 self.produce_queries(schedule, near_end, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
             elif warp_index == 1:
-                self.produce_keys(schedule, (k_ring, v_ring), copies[2:5], (K, V, other_K), (sK, sV, s_other_k))
+                self.produce_keys(schedule, zeros, (k_ring, v_ring), copies[2:5], (K, V, other_K), (sK, sV, s_other_k))
             elif warp_index == 2:
                 if cutlass.const_expr(c.deterministic):
                     self.keep_turns(schedule, mask, turns, queries_per_kv)
+                elif cutlass.const_expr(c.scheduler == "dynamic"):
+                    self.make_zeros(schedule, zeros)
             elif cutlass.const_expr(c.scheduler == "dynamic"):
-                zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
                 self.claim(schedule, near_end, zeros)
         elif c.dq_warpgroup and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
@@ -296,7 +302,7 @@ class BackwardKernel:
         by_warp = cute.make_layout((*shape, c.tile_n // WARP_ROWS, 1), stride=(*stride, place * abreast, 0))
         memory = cute.recast_ptr(s_out.iterator, layout.inner, dtype=self.dtype)
         return [
-            StagedOutput(store, cute.make_tensor(memory + i * (abreast - 1) * place, by_warp), tensor, WARPGROUPS, 1)
+            StagedOutput(store, cute.make_tensor(memory + i * (abreast - 1) * place, by_warp), tensor, WARPGROUPS, 1, streamed=True)
             for i, (store, tensor) in enumerate(zip(stores, tensors))
         ]
 
@@ -356,44 +362,59 @@ class BackwardKernel:
 
     @cute.jit
     def claim(self, schedule, near_end, zeros):
-        """One warp: claims the CTA's next tile when told, tells the others, and makes zeros for tiles to come."""
+        """One warp: claims the CTA's next tile when told, and tells the others; in deterministic mode it also makes zeros for tiles to come."""
         c = self.config
         position, phase = schedule.first(), Int32(schedule.first_claimed)  # 1: waits for nothing the first time
         s_at = barriers.producing(SCHEDULE_STAGES)
-        zeros.start()
+        if cutlass.const_expr(c.deterministic):
+            zeros.start()
         cute.arch.griddepcontrol_wait()
         while position < schedule.tiles.length:
-            if cutlass.const_expr(not c.deterministic):
-                zeros.make(position)
             cute.arch.mbarrier_wait(near_end, phase)
             position, place = schedule.claimed(schedule.claim(), position)
-            if position < schedule.tiles.length:
-                zeros.await_those_of(position)
-                if cutlass.const_expr(c.deterministic):
+            if cutlass.const_expr(c.deterministic):
+                if position < schedule.tiles.length:
                     zeros.make(position)  # before it is told: that may wait for a turn, and so for who waits for these zeros
             s_at = schedule.tell(position, place, s_at)
             phase ^= 1
         schedule.ring.producer_tail(s_at)
 
     @cute.jit
-    def produce_keys(self, schedule, rings, copies, tensors, shared):
-        """One warp: K and V of each tile. With K, in a cluster, this CTA's half of head_dim of the other CTA's keys."""
+    def produce_keys(self, schedule, zeros, rings, copies, tensors, shared):
+        """One warp: K and V of each tile. With K, in a cluster, this CTA's half of head_dim of the other CTA's keys.
+
+        V comes when dQ has its zeros: so nobody adds to it before, and all else is there already.
+        """
         c = self.config
         k_at, v_at = barriers.producing(c.k_stages), barriers.producing(c.v_stages)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
         while position < schedule.tiles.length:
             n = self.own_keys(together)
-            k, v = (TmaSource.of_head(*x, head_kv, batch) for x in zip(rings, copies[:2], tensors[:2], shared[:2]))
+            # what one CTA alone reads needn't be kept: so the zeros of dQ are, until all have added to them
+            policy = Int64(tiles.EVICT_FIRST) if c.cluster == 1 else None
+            k, v = (TmaSource.of_head(*x, head_kv, batch, policy) for x in zip(rings, copies[:2], tensors[:2], shared[:2]))
             before = k_at.clone()
             k_at = k.bring(n, k_at)
             if cutlass.const_expr(shared[2] is not None):
                 sides = tiles.partition(copies[2], shared[2], tensors[2], head_kv, batch, n % 2)
                 cute.copy(copies[2], sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=rings[0].producer_get_barrier(before))
+            if cutlass.const_expr(c.scheduler == "dynamic"):
+                zeros.await_those_of(position)
             v_at = v.bring(n, v_at)
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
         rings[0].producer_tail(k_at)
         rings[1].producer_tail(v_at)
+
+    @cute.jit
+    def make_zeros(self, schedule, zeros):
+        """One warp: zeros for tiles to come, with each tile a part."""
+        zeros.start()
+        position, _, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        cute.arch.griddepcontrol_wait()
+        while position < schedule.tiles.length:
+            zeros.make(position)
+            position, _, s_at = schedule.hear(position, s_at)
 
     @cute.jit
     def keep_turns(self, schedule, mask, turns, queries_per_kv):
@@ -493,7 +514,11 @@ class BackwardKernel:
         going = heads_left > 0
         while going:
             k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
-            self.step(t, n, m, k_at.index, v_at, at, m + 1 == m_stop and heads_left == 1)
+            last = m + 1 == m_stop and heads_left == 1
+            if self.hides(t.mask, n, m, t.index):
+                self.pass_over(t, v_at, at, last)
+            else:
+                self.step(t, n, m, k_at.index, v_at, at, last)
             at.advance()
             m += 1
             if m == m_stop:
@@ -550,8 +575,13 @@ class BackwardKernel:
                     cute.arch.mbarrier_wait(ds_full + ds_at.index, ds_at.phase)
                     for half in cutlass.range_constexpr(2):
                         a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
-                        wgmma.issue(op, dQ, A[half][None, None, None, a_stage], B[None, None, None, b_stage], accumulate=False)
-                        wgmma.wait(0)
+                        operands = A[half][None, None, None, a_stage], B[None, None, None, b_stage]
+                        if self.hides(mask, n, m, 1):
+                            wgmma.issue(op, dQ, *operands, accumulate=False, k=ROWS)
+                            wgmma.wait(0)
+                        else:
+                            wgmma.issue(op, dQ, *operands, accumulate=False)
+                            wgmma.wait(0)
                         if cutlass.const_expr(half == 1):
                             if cute.arch.lane_idx() == 0:
                                 cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
@@ -606,15 +636,40 @@ class BackwardKernel:
         self.publish()
         if t.leads:
             cute.arch.mbarrier_arrive(t.ds_full + at.index)
-        if cutlass.const_expr(c.lse_ahead):
+        self.fetch_following_lse(t, at, last)
+        wgmma.wait(0)
+        self.release_queries(t, at)
+
+    @cute.jit
+    def pass_over(self, t: Consumer, v_at, at, last):
+        """In place of a step, where the warpgroup's keys are hidden from the tile of queries: what others wait for."""
+        t.v_ring.consumer_wait(v_at)
+        t.do_ring.consumer_wait(at)
+        cute.arch.mbarrier_wait(t.ds_empty + at.index, at.phase ^ 1)
+        if t.leads:
+            cute.arch.mbarrier_arrive(t.ds_full + at.index)
+        self.fetch_following_lse(t, at, last)
+        self.release_queries(t, at)
+
+    @cute.jit
+    def release_queries(self, t: Consumer, at):
+        if t.leads:
+            cute.arch.mbarrier_arrive(t.do_ring.consumer_get_barrier(at))
+            cute.arch.mbarrier_arrive(t.q_ring.consumer_get_barrier(at))
+
+    def hides(self, mask, n, m, index):
+        """Whether no query of tile m sees keys of this consumer warpgroup. They add nothing, and their dS is not there."""
+        c = self.config
+        return mask.hides(m, n * c.tile_n + index * ROWS) if c.half_hidden else Boolean(False)
+
+    @cute.jit
+    def fetch_following_lse(self, t: Consumer, at, last):
+        """LSE of the next step, where it is loaded ahead."""
+        if cutlass.const_expr(self.config.lse_ahead):
             following = at.clone()
             if not last:  # then begin_tile does it; this tile's is loaded again, and not used
                 following.advance()
             self.fetch_lse(t, following)
-        wgmma.wait(0)
-        if t.leads:
-            cute.arch.mbarrier_arrive(t.do_ring.consumer_get_barrier(at))
-            cute.arch.mbarrier_arrive(t.q_ring.consumer_get_barrier(at))
 
     def fetch_lse(self, t: Consumer, at):
         t.q_ring.consumer_wait(at)

@@ -321,6 +321,11 @@ class BackwardConfig:
         return not (self.head_dim == 64 and self.deterministic)
 
     @property
+    def half_hidden(self):
+        """Whether the second half of a tile of keys may be hidden from all queries of a tile that sees the first half."""
+        return self.mask == "causal" and self.dq_warpgroup and self.tile_m < self.tile_n
+
+    @property
     def last_keys_first(self):
         """Whether CTAs take the last keys first: those that add to dQ in order must not wait for CTAs that start after them, and
         with a causal mask the last keys' tiles come to the same queries sooner. Otherwise the tiles that take longest come first.

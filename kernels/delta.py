@@ -29,7 +29,7 @@ class DeltaKernel:
     def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, zeroed, queries_per_kv, stream: cuda.CUstream):
         """O, dO: (seqlen_q, head_dim, heads, batch). counts, queries_per_kv: as accumulate.Zeros has them.
 
-        zeroed: K/V heads, from the first of all: those whose queries' part of dq_accum is set to zero.
+        zeroed: (stop, start): K/V heads of all batches below and from these numbers have their queries' part of dq_accum set to zero.
 
         The others as BackwardKernel has them.
         """
@@ -49,12 +49,13 @@ class DeltaKernel:
         delta: cute.Tensor,
         turns: cute.Tensor | None,
         counts: cute.Tensor,
-        zeroed: Int32,
+        zeroed: tuple[Int32, Int32],
         queries_per_kv: Int32,
         tile_list: TileList,
     ):
         c = self.config
-        m, head, batch = tile_list.tile(cute.arch.block_idx()[0])
+        # the last tile first: what the first heads need is in the L2 cache when BackwardKernel begins with them
+        m, head, batch = tile_list.tile(tile_list.length - 1 - cute.arch.block_idx()[0])
         thread = cute.arch.thread_idx()[0]
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -85,7 +86,8 @@ class DeltaKernel:
                 lse_log2[batch, head, place] = lse[i] if exists and lse[i] != -Float32.inf else Float32.inf
                 delta[batch, head, place] = own if exists else Float32(0.0)
 
-        if batch * (O.shape[2] // queries_per_kv) + head // queries_per_kv < zeroed:
+        head_kv = batch * (O.shape[2] // queries_per_kv) + head // queries_per_kv  # of all
+        if head_kv < zeroed[0] or head_kv >= zeroed[1]:
             elements = c.tile_m * c.head_dim
             zeros = cute.make_rmem_tensor(FP32_VECTOR, Float32)
             zeros.fill(0.0)

@@ -50,7 +50,8 @@ class DqKernel:
         layout: cute.ComposedLayout,
     ):
         c = self.config
-        m, head, batch = tile_list.tile(cute.arch.block_idx()[0])
+        # the last tile first: the last heads' sums are in the L2 cache still
+        m, head, batch = tile_list.tile(tile_list.length - 1 - cute.arch.block_idx()[0])
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(thread // WARP)
         index = cute.arch.make_warp_uniform(thread // WARPGROUP)

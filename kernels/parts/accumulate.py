@@ -10,7 +10,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64
 
-from . import wgmma
+from . import tiles, wgmma
 from .barriers import WARP
 from .output import WARPS
 from .schedule import TileList
@@ -51,10 +51,11 @@ def count(counts, head, batch):
 class Zeros:
     """Zeros that the sums begin with, made shortly before they are needed: they are still in the L2 cache then.
 
-    They are counted by groups of K/V heads that are worked on together. DeltaKernel makes those of the first 2 * `ahead` groups' queries.
-    The others are made by the CTAs that have the tiles of keys of the group `ahead` before, each a part. The first `ahead` groups have all
-    the tiles that CTAs begin with: the others are claimed, so that those who make zeros are running. And a tile's zeros are made by tiles
-    before it in the list, so nobody waits for somebody who waits for him; where CTAs also wait for turns, as long as zeros are made first.
+    They are counted by groups of K/V heads that are worked on together. DeltaKernel makes those of the first 2 * `ahead` groups' queries,
+    and of the last group's. The others are made by the CTAs that have the tiles of keys of the group `ahead` before, each a part. The first
+    `ahead` groups have all the tiles that CTAs begin with: the others are claimed, so that those who make zeros are running. And a tile's
+    zeros are made by tiles before it in the list, so nobody waits for somebody who waits for him; where CTAs also wait for turns, as long
+    as zeros are made first.
     """
 
     sums: cute.Tensor  # (batch, heads, elements of all tiles) fp32
@@ -67,7 +68,7 @@ class Zeros:
     @cute.jit
     def start(self):
         """The warp that makes them, before anything else."""
-        own = cute.make_tensor(self.page.iterator + cute.arch.lane_idx() * VECTOR, VECTOR)
+        own = cute.make_tensor(self.page.iterator + cute.arch.lane_idx() * (PAGE // WARP), PAGE // WARP)
         own.fill(0.0)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
@@ -76,11 +77,11 @@ class Zeros:
     def make(self, position):
         """A warp: the part that goes with a tile of keys."""
         t = self.tiles
-        group, part = divmod(position, t.group_tiles)
+        group, part = t.in_group(position)
         group += self.ahead
-        if group >= 2 * self.ahead and group <= t.last_group:
+        if group >= 2 * self.ahead and group < t.last_group:
             of_head = self.queries_per_kv * (self.sums.shape[2] // PAGE)
-            pages = of_head * (t.last_heads.divisor if group == t.last_group else t.group_heads.divisor)
+            pages = of_head * t.group_heads.divisor
             of_part = cute.ceil_div(pages, t.group_tiles.divisor)
             first = part * of_part
             target = self.sums.iterator + Int64(group * t.group_heads.divisor) * of_head * PAGE
@@ -88,16 +89,15 @@ class Zeros:
                 store_bulk((target + Int64(i) * PAGE).toint(), self.page.iterator, PAGE)
             cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0)
-            cute.arch.fence_acq_rel_gpu()
             cute.arch.sync_warp()
             if cute.arch.lane_idx() == 0:
                 count_up(self.count_of(group))
 
     @cute.jit
     def await_those_of(self, position):
-        """A warp: waits until a tile of keys can be begun."""
-        group, _ = divmod(position, self.tiles.group_tiles)
-        if group >= 2 * self.ahead:
+        """A warp: waits until what a tile of keys adds can be added."""
+        group, _ = self.tiles.in_group(position)
+        if group >= 2 * self.ahead and group < self.tiles.last_group:
             if cute.arch.lane_idx() == 0:
                 await_count(self.count_of(group), self.tiles.group_tiles.divisor)
             cute.arch.sync_warp()
@@ -203,8 +203,8 @@ def add_vector(target, numbers):
 
 
 def store_bulk(target, source, count):
-    """One lane: TMA stores so many fp32 numbers of shared memory to an address of global memory."""
+    """One lane: TMA stores so many fp32 numbers of shared memory to an address of global memory, and the L2 cache keeps them."""
     cute.arch.inline_ptx(
-        "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
-        read_only_args=[target, Int32(source.toint()), Int32(4 * count)],
+        "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [{$r0}], [{$r1}], {$r2}, {$r3};",
+        read_only_args=[target, Int32(source.toint()), Int32(4 * count), Int64(tiles.EVICT_LAST)],
     )

@@ -54,6 +54,10 @@ class RightMask:
         """Whether a query of tile m doesn't see a key of tile n."""
         return self.visible(m * self.tile_m) < (n + 1) * self.tile_n
 
+    def hides(self, m, first_key):
+        """Whether no query of tile m sees this key, nor one after it."""
+        return self.visible((m + 1) * self.tile_m - 1) <= first_key
+
     def visible(self, row):
         """The keys that query `row` sees are those below this number, which may be negative or over seqlen_k."""
         return row + (self.seqlen_k - self.seqlen_q + 1) if self.causal else self.seqlen_k

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr
+from cutlass import Constexpr, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from . import tiles, wgmma
@@ -26,6 +26,7 @@ class StagedOutput:
     O: cute.Tensor  # (seqlen_q, head_dim, heads, batch) coordinates in global memory
     warpgroups: Constexpr[int]
     buffers: Constexpr[int]
+    streamed: Constexpr[bool] = False  # whether it passes by what is in the L2 cache, for others' sake
 
     @classmethod
     def in_memory(cls, atom, memory, layout, stages, stride, O, warpgroups, buffers):
@@ -55,7 +56,8 @@ class StagedOutput:
             cute.arch.sync_warp()
             tO, gO = tiles.partition(self.atom, shared, self.O, head, batch, part)
             place = (index + buffer * self.warpgroups) * WARPS + warp
-            cute.copy(self.atom, tO[None, place], gO[None, block * WARPS + warp])
+            policy = Int64(tiles.EVICT_FIRST) if self.streamed else None
+            cute.copy(self.atom, tO[None, place], gO[None, block * WARPS + warp], cache_policy=policy)
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit

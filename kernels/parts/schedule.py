@@ -24,6 +24,7 @@ class TileList:
     """The list of all tiles, heads in groups that are worked on together. Heads of all batches are counted through."""
 
     longest_first: Constexpr[bool]
+    longer_end: Constexpr[bool]  # whether the last group may have more heads than the others, and not only fewer
     warpgroups: Constexpr[int]
     blocks: Int32
     query_tiles: Int32
@@ -31,17 +32,26 @@ class TileList:
     last_group: Int32
     group_tiles: Divisor
     group_heads: Divisor
-    last_heads: Divisor  # in the last group, which may have fewer
+    last_heads: Divisor  # in the last group
     heads: Divisor  # of one batch
 
     @classmethod
-    def of(cls, longest_first, blocks, warpgroups, heads, batch, head_group):
-        """blocks: of 64 query rows, of which a tile has one for each warpgroup."""
+    def of(cls, longest_first, blocks, warpgroups, heads, batch, head_group, last_heads=None):
+        """blocks: of 64 query rows, of which a tile has one for each warpgroup. last_heads: how many the last group has at least."""
         query_tiles = cute.ceil_div(blocks, warpgroups)
-        last = heads * batch - 1
-        divisors = (query_tiles * head_group, head_group, last % head_group + 1, heads)
+        longer_end = last_heads is not None
+        last_group = (heads * batch - (last_heads if longer_end else 1)) // head_group
+        divisors = (query_tiles * head_group, head_group, heads * batch - last_group * head_group, heads)
         length = query_tiles * heads * batch
-        return cls(longest_first, warpgroups, blocks, query_tiles, length, last // head_group, *map(Divisor, divisors))
+        return cls(longest_first, longer_end, warpgroups, blocks, query_tiles, length, last_group, *map(Divisor, divisors))
+
+    @cute.jit
+    def in_group(self, position):
+        """(group, position in the group) at a position of the list."""
+        group, within = divmod(position, self.group_tiles)
+        if self.longer_end and group > self.last_group:
+            group, within = self.last_group, position - self.last_group * self.group_tiles.divisor
+        return group, within
 
     @cute.jit
     def tile(self, position):
@@ -50,7 +60,7 @@ class TileList:
         Tiles are counted from the last rows: if there are too few blocks, the tile of the first rows starts with negative ones,
         which don't exist. With a causal mask that is the shortest one, where idle warpgroups cost least.
         """
-        group, within = divmod(position, self.group_tiles)
+        group, within = self.in_group(position)
         query_tile, head = divmod(within, self.group_heads)
         if group >= self.last_group:
             query_tile, head = divmod(within, self.last_heads)

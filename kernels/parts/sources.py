@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Float32, pipeline
+from cutlass import Boolean, Constexpr, Float32, Int64, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from . import barriers, tiles
@@ -18,10 +18,11 @@ class TmaSource:
     atom: cute.CopyAtom
     stages: cute.Tensor  # (copy, stage) shared memory
     tiles: cute.Tensor  # (copy, tile) coordinates in global memory
+    policy: Int64 | None = None  # of the L2 cache, such as tiles.EVICT_FIRST
 
     @classmethod
-    def of_head(cls, ring, atom, tensor, shared, head, batch):
-        return cls(ring, atom, *tiles.partition(atom, shared, tensor, head, batch))
+    def of_head(cls, ring, atom, tensor, shared, head, batch, policy=None):
+        return cls(ring, atom, *tiles.partition(atom, shared, tensor, head, batch), policy)
 
     @cute.jit
     def bring(self, n, at, beside=None):
@@ -30,7 +31,9 @@ class TmaSource:
         """
         self.ring.producer_acquire(at)
         barrier = self.ring.producer_get_barrier(at)
-        cute.copy(self.atom, self.tiles[None, n], self.stages[None, at.index], tma_bar_ptr=barrier)
+        cute.copy(
+            self.atom, self.tiles[None, n], self.stages[None, at.index], tma_bar_ptr=barrier, cache_policy=self.policy
+        )
         if cutlass.const_expr(beside is not None):
             beside.bring(n, at, barrier)
         at.advance()

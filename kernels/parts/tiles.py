@@ -3,6 +3,10 @@
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
+# Policies of the L2 cache, as createpolicy.fractional makes them on sm_90 for all of what is copied with them
+EVICT_FIRST = 0x12F0000000000000  # for what nobody needs again
+EVICT_LAST = 0x14F0000000000000  # for what will be needed soon
+
 
 def smem_layout(dtype, rows, columns, stages):
     """(rows, columns, stages), rows K-major: atoms of 8 rows by 128 bytes, swizzled."""

@@ -17,16 +17,16 @@ def operation(dtype, n, b_major, a_source, a_major=OperandMajorMode.K):
 
 
 @cute.jit
-def issue(op: cutlass.Constexpr, acc: cute.Tensor, A: cute.Tensor, B: cute.Tensor, accumulate):
+def issue(op: cutlass.Constexpr, acc: cute.Tensor, A: cute.Tensor, B: cute.Tensor, accumulate, k: cutlass.Constexpr = None):
     """acc = A Bᵀ, or acc += A Bᵀ with accumulate (a Python bool, or one of the kernel's), as one group of WGMMAs in flight.
 
-    Until that is waited for, acc and a register A must not be touched.
+    k: of A's and B's columns, the first so many; all where it is None. Until that is waited for, acc and a register A must not be touched.
     """
     mma = cute.make_tiled_mma(op)
     warpgroup.fence()
-    for k in cutlass.range_constexpr(cute.size(A, mode=[2])):
-        mma.set(warpgroup.Field.ACCUMULATE, accumulate if k == 0 else True)
-        cute.gemm(mma, acc, A[None, None, k], B[None, None, k], acc)
+    for i in cutlass.range_constexpr(cute.size(A, mode=[2]) if k is None else k // 16):
+        mma.set(warpgroup.Field.ACCUMULATE, accumulate if i == 0 else True)
+        cute.gemm(mma, acc, A[None, None, i], B[None, None, i], acc)
     warpgroup.commit_group()
 
 

@@ -227,7 +227,7 @@ def test_small_case(d, causal, deterministic):
 @deterministic_or_not
 @masks
 @head_dims
-@pytest.mark.parametrize("shape", [(8, 700, 700, 16, 16), (5, 300, 900, 32, 8), (64, 130, 100, 12, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 700, 700, 16, 16), (5, 300, 900, 32, 8), (64, 130, 100, 12, 4), (40, 200, 256, 16, 16)], ids=str)
 def test_more_tiles_than_sms(shape, d, causal, deterministic):
     """CTAs that claim one tile of keys after another, of K/V heads that find their dQ's zeros made by those before them."""
     check(*inputs(*shape, d), causal=causal, deterministic=deterministic)
