@@ -140,7 +140,7 @@ def head_group(problem, device):
 
 
 # (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and
-# perf/results/2026-11-27-paper-bwd-h100.json how fast it is.
+# perf/results/2026-11-27-paper-bwd-h100-2.json how fast it is.
 BACKWARD = {
     (64, "none"): dict(tile_m=128),
     (64, "causal"): dict(tile_m=128),
