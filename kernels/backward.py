@@ -122,7 +122,7 @@ class BackwardKernel:
         if cutlass.const_expr(c.deterministic):
             head_group = max(1, sms // (key_tiles * c.cluster))  # a head's CTAs add one after the other, so they should start so
         last_heads = None
-        if cutlass.const_expr(c.mask == "causal" and not c.last_keys_first):  # the shortest tiles of several heads come last
+        if cutlass.const_expr(c.mask == "causal" and not c.last_keys_first):  # so many that an SM gets two of their tiles
             last_heads = min(K.shape[2] * K.shape[3], max(1, 2 * sms // (key_tiles * c.cluster)))
         tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], head_group, last_heads)
         ctas = tile_list.length if c.scheduler == "single" else min(tile_list.length, sms)
@@ -231,7 +231,7 @@ class BackwardKernel:
         v_ring = barriers.tma_ring(v_barriers, c.v_stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
         if cutlass.const_expr(c.scheduler == "dynamic"):
-            listeners = consumer_warps + dq_warps + 3
+            listeners = consumer_warps + dq_warps + 3  # all warps but the one that claims
             schedule_ring = barriers.thread_ring(schedule_barriers, SCHEDULE_STAGES, listeners)
         if warp_index == 0:
             for copy in copies:
@@ -362,7 +362,7 @@ class BackwardKernel:
 
     @cute.jit
     def claim(self, schedule, near_end, zeros):
-        """One warp: claims the CTA's next tile when told, and tells the others; in deterministic mode it also makes zeros for tiles to come."""
+        """One warp: claims the CTA's next tile when told, and tells the others. In deterministic mode it makes zeros, too."""
         c = self.config
         position, phase = schedule.first(), Int32(schedule.first_claimed)  # 1: waits for nothing the first time
         s_at = barriers.producing(SCHEDULE_STAGES)
@@ -383,7 +383,7 @@ class BackwardKernel:
     def produce_keys(self, schedule, zeros, rings, copies, tensors, shared):
         """One warp: K and V of each tile. With K, in a cluster, this CTA's half of head_dim of the other CTA's keys.
 
-        V comes when dQ has its zeros: so nobody adds to it before, and all else is there already.
+        V isn't loaded before dQ's zeros are there: no dS without V, so nothing is added to dQ before; and the other loads needn't wait.
         """
         c = self.config
         k_at, v_at = barriers.producing(c.k_stages), barriers.producing(c.v_stages)
@@ -391,7 +391,7 @@ class BackwardKernel:
         together, head_kv, batch = tile
         while position < schedule.tiles.length:
             n = self.own_keys(together)
-            # what one CTA alone reads needn't be kept: so the zeros of dQ are, until all have added to them
+            # read by one CTA only, they needn't stay in the L2 cache, where dQ's zeros should
             policy = Int64(tiles.EVICT_FIRST) if c.cluster == 1 else None
             k, v = (TmaSource.of_head(*x, head_kv, batch, policy) for x in zip(rings, copies[:2], tensors[:2], shared[:2]))
             before = k_at.clone()

@@ -79,7 +79,7 @@ class Zeros:
         t = self.tiles
         group, part = t.in_group(position)
         group += self.ahead
-        if group >= 2 * self.ahead and group < t.last_group:
+        if self.by_ctas(group):
             of_head = self.queries_per_kv * (self.sums.shape[2] // PAGE)
             pages = of_head * t.group_heads.divisor
             of_part = cute.ceil_div(pages, t.group_tiles.divisor)
@@ -91,16 +91,21 @@ class Zeros:
             cute.arch.cp_async_bulk_wait_group(0)
             cute.arch.sync_warp()
             if cute.arch.lane_idx() == 0:
-                count_up(self.count_of(group))
+                count_up(self.count_of(group))  # after what the other lanes have stored, too
 
     @cute.jit
     def await_those_of(self, position):
         """A warp: waits until what a tile of keys adds can be added."""
         group, _ = self.tiles.in_group(position)
-        if group >= 2 * self.ahead and group < self.tiles.last_group:
+        if self.by_ctas(group):
             if cute.arch.lane_idx() == 0:
                 await_count(self.count_of(group), self.tiles.group_tiles.divisor)
             cute.arch.sync_warp()
+
+    @cute.jit
+    def by_ctas(self, group):
+        """Whether CTAs make the zeros of a group, and not DeltaKernel."""
+        return group >= 2 * self.ahead and group < self.tiles.last_group
 
     def count_of(self, group):
         batch, head_kv = divmod(group * self.tiles.group_heads.divisor, self.tiles.heads)

@@ -26,7 +26,7 @@ class StagedOutput:
     O: cute.Tensor  # (seqlen_q, head_dim, heads, batch) coordinates in global memory
     warpgroups: Constexpr[int]
     buffers: Constexpr[int]
-    streamed: Constexpr[bool] = False  # whether it passes by what is in the L2 cache, for others' sake
+    streamed: Constexpr[bool] = False  # whether the L2 cache drops it first, as nobody reads it soon
 
     @classmethod
     def in_memory(cls, atom, memory, layout, stages, stride, O, warpgroups, buffers):

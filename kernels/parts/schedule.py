@@ -1,7 +1,8 @@
 """Tile schedules: in which order the tiles of queries are worked off, and by which CTA.
 
 All tiles stand in one list. Tiles of one head share its K and V, so heads are taken in groups whose K and V fit the L2
-cache together; inside a group, causal masks take the longest tiles (the last rows) of all its heads first.
+cache together; inside a group, causal masks take the longest tiles (the last rows) of all its heads first. The last group may
+be larger than the others, so that the list ends with short tiles of several heads.
 A CTA's first tile is the one of its own number. What follows depends on the kind:
     single      nothing: one CTA a tile, the hardware hands them out in order
     persistent  one tile of every round of the CTAs, odd rounds in reverse, so that each CTA's list adds up alike
