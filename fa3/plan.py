@@ -149,6 +149,7 @@ BACKWARD = {
     (256, "none"): dict(tile_n=64, cluster=2, do_stages=1, dq_beside="dK"),
     (256, "causal"): dict(tile_n=64, cluster=2, do_stages=1, dq_beside="S"),
 }
+BACKWARD_IN_PAIRS = {(128, "none"): dict(cluster=2), (128, "causal"): dict(cluster=2)}  # and where `in_pairs`
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,25 @@ class BackwardPlan:
 
 def plan_backward(problem: Problem, device: Device) -> BackwardPlan:
     """The plan of the backward of a forward call that has scores to compute."""
-    config = backward_config(problem.dtype, problem.head_dim, "causal" if problem.causal else "none", problem.deterministic)
+    mask = "causal" if problem.causal else "none"
+    config = backward_config(problem.dtype, problem.head_dim, mask, problem.deterministic, in_pairs(problem))
     return planned_backward(config, problem, device)
+
+
+def in_pairs(problem):
+    """Whether CTAs work in pairs that add up dQ of both's keys before it goes to memory, at head_dim 128.
+
+    Half of these additions is worth 2 to 10 %; but every pair must have keys for both, or nearly, and with a causal mask one waits for
+    the other at the diagonal, which from 2k to 4k queries costs more.
+    """
+    key_tiles = -(-problem.seqlen_k // 128)
+    return (
+        (problem.head_dim, "causal" if problem.causal else "none") in BACKWARD_IN_PAIRS
+        and not problem.deterministic
+        and (key_tiles % 2 == 0 or key_tiles > 64)
+        and problem.seqlen_q >= 512
+        and not (problem.causal and 1024 < problem.seqlen_q < 8192)
+    )
 
 
 def planned_backward(config, problem, device):
@@ -200,8 +218,9 @@ def planned_backward(config, problem, device):
     return BackwardPlan(config, problem.batch, problem.heads, query_tiles, device.sms)
 
 
-def backward_config(dtype, head_dim, mask, deterministic) -> BackwardConfig:
-    return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **BACKWARD[head_dim, mask])
+def backward_config(dtype, head_dim, mask, deterministic, pairs=False) -> BackwardConfig:
+    row = (BACKWARD_IN_PAIRS if pairs else BACKWARD)[head_dim, mask]
+    return BackwardConfig(dtype=dtype, head_dim=head_dim, mask=mask, deterministic=deterministic, **row)
 
 
 def shipped(family="forward"):
@@ -209,12 +228,9 @@ def shipped(family="forward"):
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
     if family == "backward":
-        return [
-            backward_config(dtype, head_dim, mask, deterministic)
-            for head_dim, mask in BACKWARD
-            for dtype in DTYPE_BYTES
-            for deterministic in (False, True)
-        ]
+        alone = [(where, deterministic, False) for where in BACKWARD for deterministic in (False, True)]
+        pairs = [(where, False, True) for where in BACKWARD_IN_PAIRS]
+        return [backward_config(dtype, *where, *rest) for where, *rest in alone + pairs for dtype in DTYPE_BYTES]
     return [
         forward_config(dtype, head_dim, mask, lse, row)
         for head_dim, mask in FORWARD

@@ -33,7 +33,8 @@ from .parts.sources import RowSource, TmaSource
 
 ROWS = 64  # keys of a consumer warpgroup, the M of a WGMMA
 WARPGROUPS = 2  # that consume
-CLAIM_AHEAD = 1  # the next tile of keys is claimed when so many tiles of queries are yet to be loaded for this one
+CLAIM_AHEAD = 1  # the next tile of keys is claimed when so many tiles of queries are yet to be loaded for this one,
+CLAIM_TOGETHER_AHEAD = 4  # or so many in a cluster, as the other CTA may be ahead
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,16 @@ class BackwardKernel:
         if cutlass.const_expr(c.cluster == 2):
             half_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim // 2, 1)
             load_other_k, other_K = tiles.tma_load(K, half_layout, c.tile_n, c.head_dim // 2)
-        (store_dk, mdK), (store_dv, mdV) = (tiles.tma_store(x, self.out_layout(), WARP_ROWS, c.head_dim) for x in (dK, dV))
+        (store_dk, mdK), (store_dv, mdV) = (tiles.tma_store(x, self.out_layout(), WARP_ROWS, c.out_columns) for x in (dK, dV))
         key_tiles = cute.ceil_div(K.shape[0], c.tile_n * c.cluster)
         head_group = Int32(1)
         if cutlass.const_expr(c.deterministic):
             head_group = max(1, sms // (key_tiles * c.cluster))  # a head's CTAs add one after the other, so they should start so
         last_heads = None
         if cutlass.const_expr(c.mask == "causal" and not c.last_keys_first):  # so many that an SM gets two of their tiles
-            last_heads = min(K.shape[2] * K.shape[3], max(1, 2 * sms // (key_tiles * c.cluster)))
+            last_heads = min(K.shape[2] * K.shape[3], max(1, (2 + 2 * Int32(key_tiles * c.cluster > 16)) * sms // (key_tiles * c.cluster)))
         tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], head_group, last_heads)
-        ctas = tile_list.length if c.scheduler == "single" else min(tile_list.length, sms)
+        ctas = tile_list.length if c.scheduler == "single" else min(tile_list.length, max(1, sms // c.cluster))
         queries_per_kv = Q.shape[2] // K.shape[2]
         ahead = cute.ceil_div(ctas, key_tiles * head_group)
         counts = accumulate.counts_of(dQ)
@@ -201,10 +202,13 @@ class BackwardKernel:
         do_barriers = smem.allocate_array(cutlass.Int64, 2 * c.do_stages)
         k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.k_stages)
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.v_stages)
+        other_k_barriers = smem.allocate_array(cutlass.Int64, 2) if c.sends_ds else None
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2 * SCHEDULE_STAGES)
         slots = smem.allocate_tensor(Int32, cute.make_layout((4, SCHEDULE_STAGES)), byte_alignment=16)
-        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers * (1 + c.dq_warpgroup))
+        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers * (1 + c.dq_warpgroup + c.sends_ds))
         ds_empty = ds_full + c.ds_buffers
+        ds_come = ds_empty + c.ds_buffers
+        ready = smem.allocate_array(cutlass.Int64, SCHEDULE_STAGES) if c.sends_ds else None
         p_full = smem.allocate_array(cutlass.Int64, 1)
         near_end = smem.allocate_array(cutlass.Int64, 1)
         page = smem.allocate_tensor(Float32, cute.make_layout(accumulate.PAGE), byte_alignment=16)
@@ -226,7 +230,10 @@ class BackwardKernel:
         row_bytes = 4 * c.tile_m
         q_ring = barriers.tma_ring(q_barriers, c.q_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
         do_ring = barriers.tma_ring(do_barriers, c.do_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
-        k_bytes = c.tile_bytes["K"] + c.tile_bytes["other K"]
+        k_bytes, other_k_ring = c.tile_bytes["K"] + c.tile_bytes["other K"], None
+        if cutlass.const_expr(c.sends_ds):  # another's dS comes when it comes, so its K goes later than this CTA's
+            k_bytes = c.tile_bytes["K"]
+            other_k_ring = barriers.tma_ring(other_k_barriers, 1, c.tile_bytes["other K"], dq_warps)
         k_ring = barriers.tma_ring(k_barriers, c.k_stages, k_bytes, consumer_warps + dq_warps)
         v_ring = barriers.tma_ring(v_barriers, c.v_stages, c.tile_bytes["K"], consumer_warps)
         schedule_ring = None
@@ -241,10 +248,15 @@ class BackwardKernel:
                 cute.arch.mbarrier_init(near_end, 1)
                 cute.arch.mbarrier_init(turn_barriers, 1)
                 cute.arch.mbarrier_init(turn_barriers + 1, consumer_warps)
+                if cutlass.const_expr(c.sends_ds):
+                    for i in cutlass.range_constexpr(SCHEDULE_STAGES):
+                        cute.arch.mbarrier_init(ready + i, 1)
                 for i in cutlass.range_constexpr(c.ds_buffers):
                     cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
                     if cutlass.const_expr(c.dq_warpgroup):
-                        cute.arch.mbarrier_init(ds_empty + i, WARPS)
+                        cute.arch.mbarrier_init(ds_empty + i, WARPS * c.cluster)
+                    if cutlass.const_expr(c.sends_ds):
+                        cute.arch.mbarrier_init(ds_come + i, 1)
         cute.arch.mbarrier_init_fence()
         self.meet()
         cute.arch.griddepcontrol_launch_dependents()
@@ -253,7 +265,7 @@ class BackwardKernel:
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
         claims = cute.make_tensor(accumulate.count(counts, 0, 0) + 1, 1)  # which DeltaKernel sets to zero, and so no Schedule.finish
         first_claimed = c.deterministic and c.scheduler == "dynamic"
-        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster, first_claimed)
+        schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster, first_claimed, ready)
         if cutlass.const_expr(c.deterministic):
             part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
             turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, part)
@@ -265,18 +277,23 @@ class BackwardKernel:
                 rings, rows = (q_ring, do_ring), ((lse_log2, delta), (s_lse, s_delta))
                 self.produce_queries(schedule, near_end, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
             elif warp_index == 1:
-                self.produce_keys(schedule, zeros, (k_ring, v_ring), copies[2:5], (K, V, other_K), (sK, sV, s_other_k))
+                self.produce_keys(schedule, zeros, (k_ring, v_ring, other_k_ring), copies[2:5], (K, V, other_K), (sK, sV, s_other_k))
             elif warp_index == 2:
                 if cutlass.const_expr(c.deterministic):
                     self.keep_turns(schedule, mask, turns, queries_per_kv)
+                elif cutlass.const_expr(c.sends_ds):
+                    self.send_ds(schedule, mask, (ds_full, ds_come), sdS, queries_per_kv)
                 elif cutlass.const_expr(c.scheduler == "dynamic"):
                     self.make_zeros(schedule, zeros)
             elif cutlass.const_expr(c.scheduler == "dynamic"):
-                self.claim(schedule, near_end, zeros)
+                if cutlass.const_expr(c.sends_ds):
+                    self.claim_together(schedule, near_end, zeros)
+                else:
+                    self.claim(schedule, near_end, zeros)
         elif c.dq_warpgroup and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
-            waited_for = k_ring, ds_full, ds_empty
-            self.compute_dq(schedule, mask, waited_for, sK, sdS, adder, thread % WARPGROUP, queries_per_kv, tiles_of)
+            waited_for = k_ring, other_k_ring, ds_full, ds_empty, ds_come
+            self.compute_dq(schedule, mask, waited_for, (sK, s_other_k), sdS, adder, thread % WARPGROUP, queries_per_kv, tiles_of)
         else:
             cute.arch.setmaxregister_increase(c.registers[-1])
             outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, s_out)
@@ -290,14 +307,14 @@ class BackwardKernel:
     def out_layout(self):
         """Of dK, or dV, in shared memory: 16 rows for each warp."""
         c = self.config
-        return tiles.smem_layout(self.dtype, WARP_ROWS, c.head_dim, c.tile_n // WARP_ROWS)
+        return tiles.smem_layout(self.dtype, WARP_ROWS, c.out_columns, c.tile_n // WARP_ROWS)
 
     def outputs(self, stores, tensors, sK, sV, s_out):
         """What takes dK and dV to memory: each warp through its own part of s_out, side by side or one after the other."""
         c = self.config
         layout = self.out_layout()
         abreast = 1 + c.outputs_abreast
-        place = WARP_ROWS * c.head_dim
+        place = WARP_ROWS * c.out_columns
         shape, stride = layout.outer.shape[:2], layout.outer.stride[:2]
         by_warp = cute.make_layout((*shape, c.tile_n // WARP_ROWS, 1), stride=(*stride, place * abreast, 0))
         memory = cute.recast_ptr(s_out.iterator, layout.inner, dtype=self.dtype)
@@ -313,8 +330,16 @@ class BackwardKernel:
 
     def own_keys(self, together):
         """Number of the tile of keys that this CTA has of its cluster's."""
-        c = self.config
-        return together * c.cluster + cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
+        return together if self.config.cluster == 1 else together * 2 + self.rank()
+
+    def together(self, n):
+        """Number of a cluster's tiles that this one is of."""
+        return n if self.config.cluster == 1 else n // 2
+
+    def rank(self):
+        """Of this CTA in its cluster."""
+        cluster = self.config.cluster
+        return cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % cluster) if cluster > 1 else Int32(0)
 
     def meet(self):
         """All threads of the CTA, or of the cluster, wait for each other."""
@@ -343,7 +368,7 @@ class BackwardKernel:
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, together)
             to_come = max(m_stop - m_first, 0) * queries_per_kv
-            claim_at = min(to_come, CLAIM_AHEAD)
+            claim_at = min(to_come, CLAIM_TOGETHER_AHEAD if c.cluster > 1 else CLAIM_AHEAD)
             for h in cutlass.range(queries_per_kv, unroll=1):
                 head = head_kv * queries_per_kv + h
                 q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
@@ -396,15 +421,61 @@ class BackwardKernel:
             k, v = (TmaSource.of_head(*x, head_kv, batch, policy) for x in zip(rings, copies[:2], tensors[:2], shared[:2]))
             before = k_at.clone()
             k_at = k.bring(n, k_at)
-            if cutlass.const_expr(shared[2] is not None):
-                sides = tiles.partition(copies[2], shared[2], tensors[2], head_kv, batch, n % 2)
+            if cutlass.const_expr(c.wide and c.cluster == 2):
+                sides = tiles.partition(copies[2], shared[2], tensors[2], head_kv, batch, self.rank())
                 cute.copy(copies[2], sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=rings[0].producer_get_barrier(before))
             if cutlass.const_expr(c.scheduler == "dynamic"):
                 zeros.await_those_of(position)
             v_at = v.bring(n, v_at)
+            if cutlass.const_expr(c.sends_ds):
+                other_k = TmaSource.of_head(rings[2], copies[2], tensors[2], shared[2], head_kv, batch, part=self.rank())
+                other_k.bring(n ^ 1, before)
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
+        if cutlass.const_expr(c.sends_ds):
+            rings[2].producer_tail(k_at.clone())
         rings[0].producer_tail(k_at)
         rings[1].producer_tail(v_at)
+
+    @cute.jit
+    def claim_together(self, schedule, near_end, zeros):
+        """One warp of each CTA of a cluster: the first one's claims the next tiles for both, the other one's makes zeros."""
+        position, phase, first = schedule.first(), Int32(0), self.rank() == 0
+        s_at = barriers.producing(SCHEDULE_STAGES)
+        if not first:
+            zeros.start()
+        cute.arch.griddepcontrol_wait()
+        while position < schedule.tiles.length:
+            if first:
+                cute.arch.mbarrier_wait(near_end, phase)
+                position, place = schedule.claimed(schedule.claim(), position)
+                s_at = schedule.tell(position, place, s_at)
+            else:
+                zeros.make(position)
+                position, s_at = schedule.be_told(s_at)
+            phase ^= 1
+        schedule.ring.producer_tail(s_at)
+
+    @cute.jit
+    def send_ds(self, schedule, mask, barriers_of_ds, sdS, queries_per_kv):
+        """One warp: sends what the CTA has of dS to the same place in the cluster's other CTA, for which it is free by then: that has
+        read what was there two tiles of queries before, or no dS would have been written here in the meantime.
+        """
+        c = self.config
+        ds_full, ds_come = barriers_of_ds
+        rank, size = self.rank(), c.tile_m * c.tile_n * 2
+        own = cute.local_tile(sdS, (c.tile_m, c.tile_n, c.ds_buffers), (0, rank, 0))
+        at = barriers.consuming(c.ds_buffers)
+        position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        together, head_kv, batch = tile
+        while position < schedule.tiles.length:
+            m_first, m_stop = self.query_tiles(mask, together)
+            for _ in cutlass.range((m_stop - m_first) * queries_per_kv, unroll=1):
+                cute.arch.mbarrier_wait(ds_full + at.index, at.phase)
+                if cute.arch.lane_idx() == 0:
+                    cute.arch.mbarrier_arrive_and_expect_tx(ds_come + at.index, size)
+                    barriers.send(own[None, None, at.index].iterator, size, ds_come + at.index, 1 - rank)
+                at.advance()
+            position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
 
     @cute.jit
     def make_zeros(self, schedule, zeros):
@@ -441,7 +512,8 @@ class BackwardKernel:
         kq_op = wgmma.operation(self.dtype, c.tile_m, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
         pdo_op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         kq, pdo = (cute.make_tiled_mma(op) for op in (kq_op, pdo_op))
-        own_ds = self.own_rows(tiles.transposed(sdS), index)[None, None, 0]
+        part = index if c.cluster == 1 else self.rank() * WARPGROUPS + index
+        own_ds = self.own_rows(tiles.transposed(sdS), part)[None, None, 0]
         lse_address, delta_address = (wgmma.address_of_columns(x, thread) for x in rows)
         if cutlass.const_expr(c.lse_ahead):
             delta_after = delta_address - lse_address
@@ -507,8 +579,9 @@ class BackwardKernel:
         t = self.consumer(*own, *exchanged)
         at, turn = barriers.consuming(2), Int32(0)
         heard = int(schedule.first_claimed)  # positions before the loop
-        n, head_kv, batch = tile
-        m, m_stop = self.query_tiles(t.mask, n)
+        together, head_kv, batch = tile
+        m, m_stop = self.query_tiles(t.mask, together)
+        n = self.own_keys(together)
         heads_left = queries_per_kv
         self.begin_tile(t, turn, at)
         going = heads_left > 0
@@ -523,7 +596,7 @@ class BackwardKernel:
             m += 1
             if m == m_stop:
                 heads_left -= 1
-                m, _ = self.query_tiles(t.mask, n)
+                m, _ = self.query_tiles(t.mask, self.together(n))
                 if heads_left == 0:
                     t.k_ring.consumer_release(k_at)
                     t.v_ring.consumer_release(v_at)
@@ -532,6 +605,7 @@ class BackwardKernel:
                     going = position < schedule.tiles.length
                     turn += 1
                     m, _ = self.query_tiles(t.mask, n)
+                    n = self.own_keys(n)
                     heads_left = queries_per_kv
                     if going:
                         self.begin_tile(t, turn, at)
@@ -547,10 +621,10 @@ class BackwardKernel:
             self.fetch_lse(t, at)
 
     @cute.jit
-    def compute_dq(self, schedule, mask, waited_for, sK, sdS, adder, thread, queries_per_kv, tiles_of):
+    def compute_dq(self, schedule, mask, waited_for, keys, sdS, adder, thread, queries_per_kv, tiles_of):
         """One warpgroup: what each tile of keys that the CTA gets adds to dQ, half a tile of dQ at a time."""
         c = self.config
-        k_ring, ds_full, ds_empty = waited_for
+        (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come) = keys, waited_for
         memory = warpgroup.OperandSource.SMEM
         if cutlass.const_expr(c.dq_by_rows):  # dQ = dS K, 64 queries each
             op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, memory)
@@ -559,8 +633,14 @@ class BackwardKernel:
             op = wgmma.operation(self.dtype, c.tile_m, OperandMajorMode.K, memory, OperandMajorMode.MN)
             rows, columns = tiles.transposed(sK), sdS
         mma = cute.make_tiled_mma(op)
-        A = [mma.make_fragment_A(mma.get_slice(0).partition_A(self.own_rows(rows, half))) for half in range(2)]
-        B = mma.make_fragment_B(mma.get_slice(0).partition_B(columns))
+        if cutlass.const_expr(c.sends_ds):  # this CTA's half of head_dim, of its own keys and then of the other's
+            rank = self.rank()
+            rows = [self.own_rows(rows, rank), tiles.transposed(s_other_k)]
+            columns = [cute.local_tile(sdS, (c.tile_m, c.tile_n, c.ds_buffers), (0, r, 0)) for r in (rank, 1 - rank)]
+        else:
+            rows, columns = [self.own_rows(rows, half) for half in range(2)], [columns] * 2
+        A = [mma.make_fragment_A(mma.get_slice(0).partition_A(x)) for x in rows]
+        B = [mma.make_fragment_B(mma.get_slice(0).partition_B(x)) for x in columns]
         dQ = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, c.head_dim if c.dq_by_rows else c.tile_m)), Float32)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         n, head_kv, batch = tile
@@ -569,26 +649,44 @@ class BackwardKernel:
             m_first, m_stop = self.query_tiles(mask, n)
             place = batch * tiles_of[0] + head_kv * tiles_of[1]
             k_ring.consumer_wait(k_at)
+            if cutlass.const_expr(c.sends_ds):
+                other_k_ring.consumer_wait(k_at)
             for h in cutlass.range(queries_per_kv, unroll=1):
                 place += m_first
                 for m in cutlass.range(m_first, m_stop, unroll=1):
                     cute.arch.mbarrier_wait(ds_full + ds_at.index, ds_at.phase)
-                    for half in cutlass.range_constexpr(2):
-                        a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
-                        operands = A[half][None, None, None, a_stage], B[None, None, None, b_stage]
-                        if self.hides(mask, n, m, 1):
-                            wgmma.issue(op, dQ, *operands, accumulate=False, k=ROWS)
-                            wgmma.wait(0)
-                        else:
-                            wgmma.issue(op, dQ, *operands, accumulate=False)
-                            wgmma.wait(0)
-                        if cutlass.const_expr(half == 1):
-                            if cute.arch.lane_idx() == 0:
-                                cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
-                        adder.add(dQ, place, ds_at.index, half, thread)
+                    a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
+                    operands = [(a[None, None, None, a_stage], b[None, None, None, b_stage]) for a, b in zip(A, B)]
+                    if cutlass.const_expr(c.sends_ds):
+                        wgmma.issue(op, dQ, *operands[0], accumulate=False)
+                        wgmma.wait(0)
+                        if m + 1 == m_stop and h + 1 == queries_per_kv:
+                            k_ring.consumer_release(k_at)
+                        cute.arch.mbarrier_wait(ds_come + ds_at.index, ds_at.phase)
+                        wgmma.issue(op, dQ, *operands[1], accumulate=True)
+                        wgmma.wait(0)
+                        if cute.arch.lane_idx() == 0:
+                            cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
+                            cute.arch.mbarrier_arrive(ds_empty + ds_at.index, 1 - rank)
+                        adder.add(dQ, place, ds_at.index, rank, thread)
+                    else:
+                        for half in cutlass.range_constexpr(2):
+                            if self.hides(mask, n, m, 1):
+                                wgmma.issue(op, dQ, *operands[half], accumulate=False, k=ROWS)
+                                wgmma.wait(0)
+                            else:
+                                wgmma.issue(op, dQ, *operands[half], accumulate=False)
+                                wgmma.wait(0)
+                            if cutlass.const_expr(half == 1):
+                                if cute.arch.lane_idx() == 0:
+                                    cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
+                            adder.add(dQ, place, ds_at.index, half, thread)
                     ds_at.advance()
                     place += 1
-            k_ring.consumer_release(k_at)
+            if cutlass.const_expr(c.sends_ds):
+                other_k_ring.consumer_release(k_at)
+            else:
+                k_ring.consumer_release(k_at)
             k_at.advance()
             position, (n, head_kv, batch), s_at = schedule.hear(position, s_at)
 
@@ -646,6 +744,10 @@ class BackwardKernel:
         t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         cute.arch.mbarrier_wait(t.ds_empty + at.index, at.phase ^ 1)
+        if cutlass.const_expr(self.config.sends_ds):
+            t.dS.fill(0)
+            wgmma.store_transposed(t.dS, t.ds_address + self.config.tile_bytes["dS"] * at.index)
+            self.publish()
         if t.leads:
             cute.arch.mbarrier_arrive(t.ds_full + at.index)
         self.fetch_following_lse(t, at, last)

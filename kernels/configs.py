@@ -250,7 +250,8 @@ class BackwardConfig:
     tile_m: queries of one step of the mainloop.
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight; 2 but at head_dim 256.
-    cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1, or at head_dim 256 also 2.
+    cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1 or 2; at head_dim 64, and at 128
+        if deterministic, only 1.
     dq_beside: what a tile's dQ is computed beside: "nothing", as a warpgroup of its own has it; at head_dim 256 "S" of the tile of queries
         after it, or "dK" of its own.
     deterministic: key tiles add to dQ in a fixed order.
@@ -279,7 +280,7 @@ class BackwardConfig:
         stages = (1, 2, 3, 4) if self.wide else (2,)  # Q, dO and dS go round together there
         one_of("q_stages", stages)
         one_of("do_stages", stages)
-        one_of("cluster", (1, 2) if self.wide else (1,))
+        one_of("cluster", (1, 2) if self.wide or (self.head_dim == 128 and not self.deterministic) else (1,))
         at_256 = ("dK",) if self.cluster == 1 else ("S", "dK")  # without a cluster, dQ has too many registers to lie beside S
         one_of("dq_beside", at_256 if self.wide else ("nothing",))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
@@ -316,6 +317,11 @@ class BackwardConfig:
         return not self.wide
 
     @property
+    def sends_ds(self):
+        """Whether a warp of its own sends dS to the other CTA of the cluster; at head_dim 256 the consumers do."""
+        return self.dq_warpgroup and self.cluster == 2
+
+    @property
     def lse_ahead(self):
         """Whether LSE of the next tile of queries is loaded beside this one's dK: where there are registers for it."""
         return not (self.head_dim == 64 and self.deterministic)
@@ -345,9 +351,14 @@ class BackwardConfig:
         return (64, self.head_dim) if self.dq_by_rows else (self.tile_m, 64)
 
     @property
+    def dq_parts(self):
+        """Accumulators that hold a tile of dQ together."""
+        return 2 * self.cluster if self.wide else 2
+
+    @property
     def accumulator_size(self):
         """fp32 numbers of dQ's tile that a thread holds."""
-        return self.tile_m * self.head_dim // (2 * WARPGROUP * self.cluster)
+        return self.tile_m * self.head_dim // (self.dq_parts * WARPGROUP)
 
     @property
     def scheduler(self):
@@ -356,8 +367,8 @@ class BackwardConfig:
 
     @property
     def k_stages(self):
-        """Tiles of K in flight: dQ of a tile's last queries, which needs its K, comes beside the next tile's first S."""
-        return 2 if self.scheduler == "dynamic" else 1
+        """Tiles of K in flight: dQ of a tile's last queries, which needs its K, comes beside the next tile's first S, if there is room."""
+        return 2 if self.scheduler == "dynamic" and self.cluster == 1 else 1
 
     @property
     def v_stages(self):
@@ -368,6 +379,11 @@ class BackwardConfig:
     def outputs_abreast(self):
         """Whether there is room for dK and dV side by side on their way out; else they go one after the other."""
         return self.head_dim == 64
+
+    @property
+    def out_columns(self):
+        """Columns of dK, or dV, that leave at a time."""
+        return 64 if self.sends_ds else self.head_dim
 
     @property
     def tile_bytes(self):
@@ -381,7 +397,7 @@ class BackwardConfig:
             "K": keys,
             "dS": self.tile_m * self.tile_n * self.cluster * element,
             "other K": self.tile_n * self.head_dim // 2 * element if self.cluster == 2 else 0,
-            "out": 0 if self.wide else keys * (1 + self.outputs_abreast),
+            "out": 0 if self.wide else self.tile_n * self.out_columns * element * (1 + self.outputs_abreast),
             "P": self.tile_m * self.tile_n * element if self.wide else 0,
         }
 
@@ -391,9 +407,9 @@ class BackwardConfig:
         a page of zeros; LSE and delta of the stages; padded.
         """
         stages = self.q_stages + self.do_stages
-        rings = 8 * 2 * (self.k_stages + self.v_stages + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
+        rings = 8 * 2 * (self.k_stages + self.v_stages + self.sends_ds + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
         page = 4 * 128
-        return -(-(rings + 8 * (self.ds_buffers * (1 + self.dq_warpgroup) + 4) + page + 4 * self.tile_m * stages) // 1024) * 1024
+        return -(-(rings + 8 * (self.ds_buffers * (1 + self.dq_warpgroup + self.sends_ds) + 4) + page + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):

@@ -68,7 +68,7 @@ class DqKernel:
         elements = c.tile_m * c.head_dim
         tile = accumulate.tile_of(dq_accum, accumulate.number_of(dq_accum, elements, m, head, batch), elements)
         flat = wgmma.flat(acc)
-        for turn in cutlass.range_constexpr(c.cluster):
+        for turn in cutlass.range_constexpr(c.dq_parts // WARPGROUPS):
             part = turn * WARPGROUPS + index
             sums = accumulate.by_vectors(tile, part * WARPS + warp % WARPS, c.accumulator_size)[None, None, thread % WARP]
             cute.autovec_copy(sums, cute.make_tensor(acc.iterator, sums.shape))

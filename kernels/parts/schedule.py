@@ -17,6 +17,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Int32, pipeline
 
 
+SLOT_BYTES = 16  # of a claimed position and its tile
 Divisor = cute.FastDivmodDivisorV2  # a number that was prepared, on the host, for being divided by
 
 
@@ -85,8 +86,9 @@ class Schedule:
     ring: pipeline.PipelineAsync | None
     slots: cute.Tensor | None
     counter: cute.Tensor | None
-    cluster: Constexpr[int] = 1  # CTAs that have a tile together ("single" only)
+    cluster: Constexpr[int] = 1  # CTAs that have a tile together
     first_claimed: Constexpr[bool] = False  # dynamic only: a CTA's first tile is claimed as the others are; it may get none
+    ready: cute.Pointer | None = None  # dynamic in clusters: mbarriers by stage, in the first CTA: the other one can be told of a position
 
     @cute.jit
     def begin(self, at):
@@ -136,14 +138,18 @@ class Schedule:
             if self.counted():
                 following = cute.arch.shuffle_sync(ticket, 0)
                 if cutlass.const_expr(not self.first_claimed):
-                    following += cute.arch.grid_dim()[0]
+                    following += self.ctas()
         else:
             following = self.following(position)
         return following, self.tiles.tile(following)
 
+    def ctas(self):
+        """CTAs, or clusters, of the grid."""
+        return cute.arch.grid_dim()[0] // self.cluster if self.cluster > 1 else cute.arch.grid_dim()[0]
+
     def counted(self):
         """Whether positions are claimed at all: not where every tile is some CTA's first."""
-        return Boolean(True) if self.first_claimed else self.tiles.length > cute.arch.grid_dim()[0]
+        return Boolean(True) if self.first_claimed else self.tiles.length > self.ctas()
 
     @cute.jit
     def tell(self, position, place, at):
@@ -151,11 +157,33 @@ class Schedule:
         if cutlass.const_expr(self.kind == "dynamic"):
             self.ring.producer_acquire(at)
             if cute.arch.lane_idx() == 0:
-                for i, number in enumerate((position, *place)):
+                numbers = position, *place
+                for i, number in enumerate(numbers):
                     self.slots[i, at.index] = number
                 self.ring.producer_commit(at)
+                if cutlass.const_expr(self.cluster == 2):
+                    cute.arch.mbarrier_wait(self.ready + at.index, at.phase ^ 1)
+                    cute.arch.store_async_dsmem(self.slot(at), numbers, self.full(at), 1)
             at.advance()
         return at
+
+    @cute.jit
+    def be_told(self, at):
+        """In place of `claim`, `claimed` and `tell` in a cluster's second CTA: the position that the first one claims, and the next place."""
+        self.ring.producer_acquire(at)
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(self.full(at), SLOT_BYTES)
+            cute.arch.mbarrier_arrive(self.ready + at.index, 0)
+        cute.arch.mbarrier_wait(self.full(at), at.phase ^ 1)
+        position = self.slots[0, at.index]
+        at.advance()
+        return position, at
+
+    def slot(self, at):
+        return self.slots[None, at.index].iterator
+
+    def full(self, at):
+        return self.ring.sync_object_full.get_barrier(at.index)
 
     @cute.jit
     def hear(self, position, at):

@@ -21,8 +21,9 @@ class TmaSource:
     policy: Int64 | None = None  # of the L2 cache, such as tiles.EVICT_FIRST
 
     @classmethod
-    def of_head(cls, ring, atom, tensor, shared, head, batch, policy=None):
-        return cls(ring, atom, *tiles.partition(atom, shared, tensor, head, batch), policy)
+    def of_head(cls, ring, atom, tensor, shared, head, batch, policy=None, part=0):
+        """part: which columns of the tensor, in tiles."""
+        return cls(ring, atom, *tiles.partition(atom, shared, tensor, head, batch, part), policy)
 
     @cute.jit
     def bring(self, n, at, beside=None):

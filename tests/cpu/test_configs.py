@@ -157,7 +157,7 @@ def test_what_is_accepted_backward_fits_an_sm():
         assert c.threads * c.entry_registers <= 65536, c
         assert sum(r * n for r, n in zip(c.registers, (128, 128, 256) if c.dq_warpgroup else (128, 256))) <= c.threads * c.entry_registers, c
         # what dQ's sum is made of: every number of a tile is in one thread's accumulator, and moves 16 bytes at a time
-        assert c.accumulator_size * 256 * c.cluster == c.tile_m * c.head_dim and c.accumulator_size % 4 == 0, c
+        assert c.accumulator_size * 128 * c.dq_parts == c.tile_m * c.head_dim and c.accumulator_size % 4 == 0, c
         # the kernel before moves 16 bytes a thread, 256 threads at a time, and a tile's LSE is copied in pieces of 16 bytes
         assert c.tile_m % (256 * 8 // c.head_dim) == 0 and c.tile_m * c.head_dim % (256 * 4) == 0 and c.tile_m * 4 % 16 == 0, c
 
@@ -169,7 +169,8 @@ def test_what_is_accepted_backward_fits_an_sm():
         (dict(head_dim=96), r"head_dim must be one of \(64, 128, 256\), got 96"),
         (dict(head_dim=256), r"tile_n must be one of \(64,\), got 128"),
         (dict(head_dim=256, tile_n=64, cluster=2, dq_beside="S", tile_m=80), r"tile_m must be one of \(64,\), got 80"),
-        (dict(cluster=2), r"cluster must be one of \(1,\), got 2"),
+        (dict(head_dim=64, tile_m=128, cluster=2), r"cluster must be one of \(1,\), got 2"),
+        (dict(deterministic=True, cluster=2), r"cluster must be one of \(1,\), got 2"),
         (dict(head_dim=256, tile_n=64, cluster=2, dq_beside="S"), "needs 256000 bytes of shared memory, a Hopper block has 232448"),
         (dict(mask="window"), "mask must be one of .*'causal'.*, got 'window'"),
         (dict(tile_m=72), "tile_m must be one of .*64.*, got 72"),

@@ -24,7 +24,7 @@ SHAPES = [  # batch, seqlen_q, seqlen_k, heads, heads_kv
 KINDS = list(itertools.product(("fp16", "bf16"), (64, 128, 256), (False, True), (False, True)))  # dtype, d, causal, lse
 
 
-def problem(shape=SHAPES[3], dtype="bf16", head_dim=128, causal=False, lse=False, sm_margin=0):
+def problem(shape=SHAPES[3], dtype="bf16", head_dim=128, causal=False, lse=False, sm_margin=0, deterministic=False):
     batch, seqlen_q, seqlen_k, heads, heads_kv = shape
     return replace(
         demo.problem(causal),
@@ -37,6 +37,7 @@ def problem(shape=SHAPES[3], dtype="bf16", head_dim=128, causal=False, lse=False
         head_dim=head_dim,
         lse=lse,
         sm_margin=sm_margin,
+        deterministic=deterministic,
         softmax_scale=head_dim**-0.5,
     )
 
@@ -139,7 +140,24 @@ def test_shipped_backward_configs():
     kinds = {(c.dtype, c.head_dim, c.mask, c.deterministic) for c in configs}
     masks = [(d, mask) for d in (64, 128, 256) for mask in ("none", "causal")]
     assert kinds == {(dtype, *where, fixed) for dtype in ("fp16", "bf16") for where in masks for fixed in (False, True)}
+    pairs = {(c.dtype, c.mask) for c in configs if (c.head_dim, c.cluster) == (128, 2)}
+    assert pairs == {(dtype, mask) for dtype in ("fp16", "bf16") for mask in ("none", "causal")}
     assert all(c.family == "backward" for c in configs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_have_keys_for_both(causal):
+    """128 keys each; one pair that lacks some is nothing among many."""
+
+    def taken(seqlen_q, seqlen_k, **changes):
+        return plan_backward(problem((1, seqlen_q, seqlen_k, 4, 4), causal=causal, **changes), DEVICE).config.cluster
+
+    assert taken(1024, 1024) == taken(512, 250) == taken(16384, 8193) == 2
+    assert taken(1024, 128) == taken(1024, 640) == taken(16384, 8192 - 128) == 1
+    assert taken(511, 1024) == 1
+    assert taken(4096, 4096) == (1 if causal else 2)
+    assert taken(1024, 1024, deterministic=True) == taken(1024, 1024, head_dim=64) == 1
+    assert taken(1024, 1024, head_dim=256) == 2  # always, one tile a cluster
 
 
 @pytest.mark.parametrize("shape, name", [((2**19, 64, 64, 2**12, 1), "q"), ((2**20, 1, 300, 2**10, 2**10), "k")])

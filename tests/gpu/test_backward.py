@@ -20,7 +20,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fa3 import flash_attn_func, flash_attn_qkvpacked_func
+from fa3 import flash_attn_func, flash_attn_qkvpacked_func, plan
+from fa3.attention import backward_of, device_of
+from fa3.problem import Problem
 from fa3.reference import attention, plain_attention
 from tests.gpu.test_forward import (
     BF16, FP16, HEADS, INF, LAYOUTS, LENGTHS, NAN, dtypes, head_dims, inputs, masks, normal, poisoned_memory, same_bits,
@@ -215,6 +217,9 @@ def test_lengths_beside_a_tiles_edge(around):
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+MORE_TILES = [(8, 700, 700, 16, 16), (5, 300, 900, 32, 8), (64, 130, 100, 12, 4), (40, 200, 256, 16, 16)]
+
+
 @deterministic_or_not
 @masks
 @head_dims
@@ -227,10 +232,68 @@ def test_small_case(d, causal, deterministic):
 @deterministic_or_not
 @masks
 @head_dims
-@pytest.mark.parametrize("shape", [(8, 700, 700, 16, 16), (5, 300, 900, 32, 8), (64, 130, 100, 12, 4), (40, 200, 256, 16, 16)], ids=str)
+@pytest.mark.parametrize("shape", MORE_TILES, ids=str)
 def test_more_tiles_than_sms(shape, d, causal, deterministic):
     """CTAs that claim one tile of keys after another, of K/V heads that find their dQ's zeros made by those before them."""
     check(*inputs(*shape, d), causal=causal, deterministic=deterministic)
+
+
+# CTAs in pairs, which planning chooses for lengths that suit them, at all lengths.
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """Every call has them that can."""
+    monkeypatch.setattr(plan, "in_pairs", lambda problem: problem.head_dim == 128 and not problem.deterministic)
+    backward_of.cache_clear()
+    yield
+    backward_of.cache_clear()
+
+
+@dtypes
+@masks
+@some_heads
+def test_pairs_at_every_length(pairs, dtype, causal, heads):
+    test_every_length(dtype, 128, causal, heads)
+
+
+@masks
+def test_pairs_in_a_small_case(pairs, causal):
+    test_small_case(128, causal, False)
+
+
+@masks
+def test_pairs_at_more_lengths(pairs, causal):
+    test_more_lengths(128, causal, False)
+
+
+@masks
+@pytest.mark.parametrize("shape", MORE_TILES, ids=str)
+def test_pairs_with_more_tiles_than_sms(pairs, shape, causal):
+    test_more_tiles_than_sms(shape, 128, causal, False)
+
+
+@masks
+@some_heads
+def test_pairs_fifty_times(pairs, causal, heads):
+    test_fifty_repeats(128, causal, heads)
+
+
+@masks
+def test_pairs_have_the_same_gradients_of_keys_and_values_each_time(pairs, causal):
+    test_keys_and_values_gradients_are_deterministic_in_any_case(128, causal)
+
+
+@masks
+def test_pairs_where_planning_chooses_them(causal):
+    """Lengths on both sides of its bounds, against whichever kernel it takes."""
+    taken = set()
+    for seqlen_q, seqlen_k in [(511, 1024), (512, 1024), (512, 1025), (1024, 256), (1025, 1024), (8192, 200), (8191, 512), (600, 8200)]:
+        q, k, v = inputs(1, seqlen_q, seqlen_k, 4, 2, 128)
+        check(q, k, v, causal=causal)
+        problem = Problem("bf16", 1, seqlen_q, seqlen_k, 4, 2, 128, causal, 1.0, True, 0)
+        taken.add(plan.plan_backward(problem, device_of(q.device)).config.cluster)
+    assert taken == {1, 2}
 
 
 def wide_rows(x):
@@ -636,7 +699,7 @@ CHILD = """
 import sys
 import torch
 from cuda.bindings import driver
-from fa3 import flash_attn_func
+from fa3 import flash_attn_func, plan
 
 def normal(*shape):
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
@@ -662,6 +725,8 @@ def compare(found, want, exact, where):
         assert (got - expected).abs().max() < 0.01 * expected.abs().max(), (name, where)
 
 d = int(sys.argv[1])
+if "pairs" in sys.argv:
+    plan.in_pairs = lambda problem: not problem.deterministic
 long = normal(1, 2**19, 1, 128)
 q, k, v, dout = (normal(25, seqlen, 16, d).requires_grad_() for seqlen in (128, 640, 640, 128))
 side, few = torch.cuda.Stream(), stream_of_few(16)
@@ -684,10 +749,10 @@ for deterministic in (False, True):
 """
 
 
-@head_dims
-def test_ctas_that_start_late(d):
+@pytest.mark.parametrize("which", [("64",), ("128",), ("128", "pairs"), ("256",)], ids=" ".join)
+def test_ctas_that_start_late(which):
     """With one or two tiles of queries a tile of keys, a CTA's claims are furthest ahead of its turns to add."""
-    subprocess.run([sys.executable, "-c", CHILD, str(d)], check=True, timeout=180)  # of its own: it can be ended where it hangs
+    subprocess.run([sys.executable, "-c", CHILD, *which], check=True, timeout=180)  # of its own: it can be ended where it hangs
 
 
 @head_dims
