@@ -33,8 +33,8 @@ from .parts.sources import RowSource, TmaSource
 
 ROWS = 64  # keys of a consumer warpgroup, the M of a WGMMA
 WARPGROUPS = 2  # that consume
-CLAIM_AHEAD = 1  # the next tile of keys is claimed when so many tiles of queries are yet to be loaded for this one,
-CLAIM_TOGETHER_AHEAD = 4  # or so many in a cluster, as the other CTA may be ahead
+LONG = 2048  # keys: with more, their tiles take long
+CLAIM_AHEAD = 1  # the next tile of keys is claimed when so many tiles of queries are yet to be loaded for this one
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,10 @@ class BackwardKernel:
         if cutlass.const_expr(c.deterministic):
             head_group = max(1, sms // (key_tiles * c.cluster))  # a head's CTAs add one after the other, so they should start so
         last_heads = None
-        if cutlass.const_expr(c.mask == "causal" and not c.last_keys_first):  # so many that an SM gets two of their tiles
-            last_heads = min(K.shape[2] * K.shape[3], max(1, (2 + 2 * Int32(key_tiles * c.cluster > 16)) * sms // (key_tiles * c.cluster)))
+        if cutlass.const_expr(c.mask == "causal" and not c.last_keys_first):
+            # so many that an SM gets two of their tiles, or four where tiles are long; more wait for DRAM at the end
+            ctas_tiles = (2 + 2 * Int32(K.shape[0] > LONG)) * sms
+            last_heads = min(K.shape[2] * K.shape[3], max(1, ctas_tiles // (key_tiles * c.cluster)))
         tile_list = TileList.of(c.last_keys_first, key_tiles, 1, K.shape[2], K.shape[3], head_group, last_heads)
         ctas = tile_list.length if c.scheduler == "single" else min(tile_list.length, max(1, sms // c.cluster))
         queries_per_kv = Q.shape[2] // K.shape[2]
@@ -368,7 +370,7 @@ class BackwardKernel:
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, together)
             to_come = max(m_stop - m_first, 0) * queries_per_kv
-            claim_at = min(to_come, CLAIM_TOGETHER_AHEAD if c.cluster > 1 else CLAIM_AHEAD)
+            claim_at = min(to_come, CLAIM_AHEAD)
             for h in cutlass.range(queries_per_kv, unroll=1):
                 head = head_kv * queries_per_kv + h
                 q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
