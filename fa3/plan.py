@@ -139,8 +139,8 @@ def head_group(problem, device):
     return together * queries_per_kv
 
 
-# (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and
-# perf/results/2026-11-27-paper-bwd-h100-2.json how fast it is.
+# (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and how fast it is, as does,
+# but for pairs, perf/results/2026-11-27-paper-bwd-h100-2.json.
 BACKWARD = {
     (64, "none"): dict(tile_m=128),
     (64, "causal"): dict(tile_m=128),

@@ -7,6 +7,9 @@ paper's: P = exp(S - LSE), dP = dO Vᵀ, dS = P ∘ (dP - delta), dV = Pᵀ dO, 
 
 S and dP are computed transposed, keys by queries: so P and dS are, in registers, the operands that dV and dK need, and only dQ,
 a sum over keys, takes dS from shared memory. dQ is also a sum over CTAs: threads add to it in global memory, in fp32.
+
+In a cluster of two, CTAs with neighbouring keys walk over the queries in step and send each other dS: then each has half of head_dim of
+dQ for all of their keys, and adds half as much to memory.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """The backward pass at head_dim 256: two warpgroups share a CTA's 64 keys, and each has one of their gradients.
 
 dK or dV of 64 keys takes 128 registers of a warpgroup. One has S, P and dV; the other dP, dS and dK, for which it gets P through
-shared memory; and each half of head_dim of dQ, for which both get dS so. In a cluster of two, CTAs with neighbouring keys walk over
-the queries in step and send each other dS: then each has half of head_dim of dQ for all of their keys, and adds half as much to memory.
+shared memory; and each half of head_dim of dQ, in a cluster a quarter, for which both get dS so.
 """
 
 from dataclasses import dataclass
