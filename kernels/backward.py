@@ -36,7 +36,6 @@ from .parts.sources import RowSource, TmaSource
 
 ROWS = 64  # keys of a consumer warpgroup, the M of a WGMMA
 WARPGROUPS = 2  # that consume
-DQ_BARRIER = 1  # named barrier of the warpgroup that has dQ
 LONG = 2048  # keys: with more, their tiles take long
 CLAIM_AHEAD = 1  # the next tile of keys is claimed when so many tiles of queries are yet to be loaded for this one
 
@@ -155,10 +154,7 @@ class BackwardKernel:
             min_blocks_per_mp=1,
             use_pdl=True,
         )
-        finished = accumulate.Finished(counts, queries_per_kv)
-        recent = cute.ceil_div(max(1, sms // c.cluster), key_tiles)  # heads of which tiles run at the end, but for a larger last group
-        first_done = max(0, min(tile_list.last_group * head_group, K.shape[2] * K.shape[3] - recent) - recent)
-        DqKernel(c)(dq_accum, dQ, softmax_scale, finished, key_tiles * c.cluster, first_done, stream)
+        DqKernel(c)(dq_accum, dQ, softmax_scale, stream)
 
     def fake_arguments(self):
         """What __call__ takes, as the compiler wants it described: every extent and stride decided at run time."""
@@ -268,6 +264,7 @@ class BackwardKernel:
                         cute.arch.mbarrier_init(ds_come + i, 1)
         cute.arch.mbarrier_init_fence()
         self.meet()
+        cute.arch.griddepcontrol_launch_dependents()
 
         Q, dO, K, V, other_K, mdK, mdV = tensors
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
@@ -278,7 +275,6 @@ class BackwardKernel:
             part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
             turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, part)
         adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
-        finished = accumulate.Finished(counts, queries_per_kv)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
@@ -302,14 +298,14 @@ class BackwardKernel:
         elif c.dq_warpgroup and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
             waited_for = k_ring, other_k_ring, ds_full, ds_empty, ds_come
-            self.compute_dq(schedule, mask, waited_for, (sK, s_other_k), sdS, (adder, finished), thread % WARPGROUP, queries_per_kv, tiles_of)
+            self.compute_dq(schedule, mask, waited_for, (sK, s_other_k), sdS, adder, thread % WARPGROUP, queries_per_kv, tiles_of)
         else:
             cute.arch.setmaxregister_increase(c.registers[-1])
             outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, s_out)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
             rings = q_ring, do_ring, k_ring, v_ring, ds_full, ds_empty if c.dq_warpgroup else p_full
             exchanged = rings, (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
-            self.consume(own, exchanged, schedule, (adder, finished), outputs, scales[0], queries_per_kv, tiles_of)
+            self.consume(own, exchanged, schedule, adder, outputs, scales[0], queries_per_kv, tiles_of)
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
 
@@ -336,10 +332,6 @@ class BackwardKernel:
         """(first, stop): the tiles of queries that see a key of a CTA's, or of a cluster's."""
         c = self.config
         return RightMask(mask.causal, c.tile_m, c.tile_n * c.cluster, mask.seqlen_q, mask.seqlen_k).query_tiles(together)
-
-    def on_the_way(self, i, first, stop):
-        """The i-th tile of queries that a CTA comes to, i counted from `first`."""
-        return first + stop - 1 - i if self.config.last_queries_first else i
 
     def own_keys(self, together):
         """Number of the tile of keys that this CTA has of its cluster's."""
@@ -377,8 +369,7 @@ class BackwardKernel:
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
-        cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, dQ's zeros, and the counters'
-        cute.arch.griddepcontrol_launch_dependents()  # not before, as DqKernel looks at these counters
+        cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, dQ's zeros, and the counter's
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, together)
             to_come = max(m_stop - m_first, 0) * queries_per_kv
@@ -388,8 +379,7 @@ class BackwardKernel:
                 q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
                 do = TmaSource.of_head(do_ring, load_do, dO, sdO, head, batch)
                 q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(*rows))
-                for i in cutlass.range(m_first, m_stop, unroll=1):
-                    m = self.on_the_way(i, m_first, m_stop)
+                for m in cutlass.range(m_first, m_stop, unroll=1):
                     if cutlass.const_expr(c.scheduler == "dynamic"):
                         if to_come == claim_at and cute.arch.lane_idx() == 0:
                             cute.arch.mbarrier_arrive(near_end)
@@ -505,7 +495,7 @@ class BackwardKernel:
     @cute.jit
     def keep_turns(self, schedule, mask, turns, queries_per_kv):
         """One warp, where the order is fixed in which key tiles add to dQ: has the CTA wait for its turn at every tile of queries."""
-        step, phase = -1 if self.config.last_queries_first else 1, Int32(0)
+        phase = Int32(0)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
         cute.arch.griddepcontrol_wait()
@@ -513,12 +503,10 @@ class BackwardKernel:
             m_first, m_stop = self.query_tiles(mask, together)
             for h in cutlass.range(queries_per_kv, unroll=1):
                 known = Boolean(False)
-                for i in cutlass.range(m_first, m_stop, unroll=1):
-                    m = self.on_the_way(i, m_first, m_stop)
+                for m in cutlass.range(m_first, m_stop, unroll=1):
                     turn = self.turn(mask, m, together)
-                    following = self.turn(mask, m + step, together) if i + 1 < m_stop else -1  # which no count is
-                    of_queries = turns.tile(m, head_kv * queries_per_kv + h, batch)
-                    known = turns.take(of_queries, step, turn, known, following, phase)
+                    following = self.turn(mask, m + 1, together) if m + 1 < m_stop else -1  # which no count is
+                    known = turns.take(turns.tile(m, head_kv * queries_per_kv + h, batch), turn, known, following, phase)
                     phase ^= 1
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
 
@@ -578,8 +566,8 @@ class BackwardKernel:
         return cute.local_tile(shared, (ROWS, *shared.shape[1:]), (index, 0, 0))
 
     @cute.jit
-    def consume(self, own, exchanged, schedule, adding, outputs, softmax_scale, queries_per_kv, tiles_of):
-        """One warpgroup: dK and dV of 64 keys of each tile that the CTA gets. (adding, tiles_of: for the kernel whose consumers have dQ too.)
+    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv, tiles_of):
+        """One warpgroup: dK and dV of 64 keys of each tile that the CTA gets. (adder, tiles_of: for the kernel whose consumers have dQ too.)
 
         One loop over the tiles of queries of all tiles of keys, as ptxas spills in a loop around the loop.
         """
@@ -594,26 +582,26 @@ class BackwardKernel:
         """The tile at this position of the list, and the CTA's next ones."""
         c = self.config
         t = self.consumer(*own, *exchanged)
-        at, turn, step = barriers.consuming(2), Int32(0), -1 if c.last_queries_first else 1
+        at, turn = barriers.consuming(2), Int32(0)
         heard = int(schedule.first_claimed)  # positions before the loop
         together, head_kv, batch = tile
-        m, m_stop = self.way(t.mask, together)
+        m, m_stop = self.query_tiles(t.mask, together)
         n = self.own_keys(together)
         heads_left = queries_per_kv
         self.begin_tile(t, turn, at)
         going = heads_left > 0
         while going:
             k_at, v_at = barriers.at_turn(c.k_stages, turn), barriers.at_turn(c.v_stages, turn)
-            last = m + step == m_stop and heads_left == 1
+            last = m + 1 == m_stop and heads_left == 1
             if self.hides(t.mask, n, m, t.index):
                 self.pass_over(t, v_at, at, last)
             else:
                 self.step(t, n, m, k_at.index, v_at, at, last)
             at.advance()
-            m += step
+            m += 1
             if m == m_stop:
                 heads_left -= 1
-                m, _ = self.way(t.mask, self.together(n))
+                m, _ = self.query_tiles(t.mask, self.together(n))
                 if heads_left == 0:
                     t.k_ring.consumer_release(k_at)
                     t.v_ring.consumer_release(v_at)
@@ -621,20 +609,12 @@ class BackwardKernel:
                     position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn + heard))
                     going = position < schedule.tiles.length
                     turn += 1
-                    if cutlass.const_expr(c.last_queries_first):
-                        m, m_stop = self.way(t.mask, n)
-                    else:
-                        m, _ = self.way(t.mask, n)
+                    m, _ = self.query_tiles(t.mask, n)
                     n = self.own_keys(n)
                     heads_left = queries_per_kv
                     if going:
                         self.begin_tile(t, turn, at)
         outputs[0].finish()
-
-    def way(self, mask, together):
-        """(the tile of queries that comes first, the one after the last)"""
-        first, stop = self.query_tiles(mask, together)
-        return (stop - 1, first - 1) if self.config.last_queries_first else (first, stop)
 
     @cute.jit
     def begin_tile(self, t: Consumer, turn, at):
@@ -646,10 +626,10 @@ class BackwardKernel:
             self.fetch_lse(t, at)
 
     @cute.jit
-    def compute_dq(self, schedule, mask, waited_for, keys, sdS, adding, thread, queries_per_kv, tiles_of):
+    def compute_dq(self, schedule, mask, waited_for, keys, sdS, adder, thread, queries_per_kv, tiles_of):
         """One warpgroup: what each tile of keys that the CTA gets adds to dQ, half a tile of dQ at a time."""
         c = self.config
-        (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come), (adder, finished) = keys, waited_for, adding
+        (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come) = keys, waited_for
         memory = warpgroup.OperandSource.SMEM
         if cutlass.const_expr(c.dq_by_rows):  # dQ = dS K, 64 queries each
             op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, memory)
@@ -677,15 +657,15 @@ class BackwardKernel:
             if cutlass.const_expr(c.sends_ds):
                 other_k_ring.consumer_wait(k_at)
             for h in cutlass.range(queries_per_kv, unroll=1):
-                for i in cutlass.range(m_first, m_stop, unroll=1):
-                    m = self.on_the_way(i, m_first, m_stop)
+                place += m_first
+                for m in cutlass.range(m_first, m_stop, unroll=1):
                     cute.arch.mbarrier_wait(ds_full + ds_at.index, ds_at.phase)
                     a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
                     operands = [(a[None, None, None, a_stage], b[None, None, None, b_stage]) for a, b in zip(A, B)]
                     if cutlass.const_expr(c.sends_ds):
                         wgmma.issue(op, dQ, *operands[0], accumulate=False)
                         wgmma.wait(0)
-                        if i + 1 == m_stop and h + 1 == queries_per_kv:
+                        if m + 1 == m_stop and h + 1 == queries_per_kv:
                             k_ring.consumer_release(k_at)
                         cute.arch.mbarrier_wait(ds_come + ds_at.index, ds_at.phase)
                         wgmma.issue(op, dQ, *operands[1], accumulate=True)
@@ -693,7 +673,7 @@ class BackwardKernel:
                         if cute.arch.lane_idx() == 0:
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index, 1 - rank)
-                        adder.add(dQ, place + m, ds_at.index, rank, thread)
+                        adder.add(dQ, place, ds_at.index, rank, thread)
                     else:
                         for half in cutlass.range_constexpr(2):
                             if self.hides(mask, n, m, 1):
@@ -705,17 +685,13 @@ class BackwardKernel:
                             if cutlass.const_expr(half == 1):
                                 if cute.arch.lane_idx() == 0:
                                     cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
-                            adder.add(dQ, place + m, ds_at.index, half, thread)
+                            adder.add(dQ, place, ds_at.index, half, thread)
                     ds_at.advance()
-                place += m_stop
+                    place += 1
             if cutlass.const_expr(c.sends_ds):
                 other_k_ring.consumer_release(k_at)
             else:
                 k_ring.consumer_release(k_at)
-            if cutlass.const_expr(not c.deterministic):
-                cute.arch.barrier(barrier_id=DQ_BARRIER, number_of_threads=WARPGROUP)
-                if thread == 0:
-                    finished.count(head_kv, batch)
             k_at.advance()
             position, (n, head_kv, batch), s_at = schedule.hear(position, s_at)
 
@@ -849,4 +825,4 @@ class BackwardKernel:
         """How many tiles of keys (a cluster's count as one) add to dQ of query tile m before this one does, where the order is fixed."""
         c = self.config
         mask = RightMask(mask.causal, c.tile_m, c.tile_n * c.cluster, mask.seqlen_q, mask.seqlen_k)
-        return mask.key_tiles(m * c.tile_m, c.tile_m)[0] - 1 - together if c.last_keys_first else together
+        return mask.key_tiles(m * c.tile_m, c.tile_m)[0] - 1 - together

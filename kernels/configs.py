@@ -332,18 +332,11 @@ class BackwardConfig:
         return self.mask == "causal" and self.dq_warpgroup and self.tile_m < self.tile_n
 
     @property
-    def last_queries_first(self):
-        """Whether a CTA walks from the last queries to the first. With a causal mask the last ones are those that all its tiles have,
-        so where they add to dQ in order, tiles that start one after the other do so without waiting; and the longest ones can start first.
-        """
-        return self.deterministic and self.mask == "causal" and self.dq_warpgroup
-
-    @property
     def last_keys_first(self):
         """Whether CTAs take the last keys first: those that add to dQ in order must not wait for CTAs that start after them, and
         with a causal mask the last keys' tiles come to the same queries sooner. Otherwise the tiles that take longest come first.
         """
-        return self.deterministic and not self.last_queries_first
+        return self.deterministic
 
     @property
     def dq_by_rows(self):

@@ -15,7 +15,6 @@ from .barriers import WARP
 from .output import WARPS
 from .schedule import TileList
 
-COUNTS = 4  # numbers that `count` points to
 VECTOR = 4  # fp32 numbers that a lane moves at a time
 PAGE = 128  # zeros that a lane moves at a time
 
@@ -38,16 +37,13 @@ def tile_of(sums, number, elements):
 
 
 def counts_of(dQ):
-    """(heads, batch): a place for COUNTS int32 numbers a head, where the first row of its dQ will be: nobody writes that before DqKernel."""
+    """(heads, batch): a place for two int32 numbers a head, where the first row of its dQ will be: nobody writes that before DqKernel."""
     stride = (dQ.stride[2], dQ.stride[3])
     return cute.make_tensor(dQ.iterator, cute.make_layout((dQ.shape[2], dQ.shape[3]), stride=stride))
 
 
 def count(counts, head, batch):
-    """A pointer to a head's, in that order: of its K/V head, if it is the first of that, how many have made zeros; how many tiles of keys
-    are claimed, where it is the first head of all; and of its K/V head, how many tiles of keys have added all that they add, and how many
-    CTAs of DqKernel know that all have.
-    """
+    """A pointer to a head's: how many have made zeros for its K/V head; and, for the first head of all, how many tiles are claimed."""
     return cute.recast_ptr(counts[None, batch].iterator + Int64(head) * counts.stride[0], dtype=Int32)
 
 
@@ -127,11 +123,11 @@ class Turns:
     part: Int32  # which this CTA has
 
     @cute.jit
-    def take(self, tile, step, turn, known, following, phase):
+    def take(self, tile, turn, known, following, phase):
         """A warp: has what the CTA computes next added to a tile, once `turn` others have added to it.
 
-        known: whether they have, as found out before. Returns whether so many as `following` have added to the tile after it, `step` further:
-        the answer is on its way while this CTA adds.
+        known: whether they have, as found out before. Returns whether so many as `following` have added to the tile after it: the answer
+        is on its way while this CTA adds.
         """
         seen = Int32(-1)
         if cute.arch.lane_idx() == 0:
@@ -139,7 +135,7 @@ class Turns:
             if not known:
                 await_count(count, turn)
             cute.arch.mbarrier_arrive(self.granted)
-            seen = glance(count + 4 * self.parts * step if following >= 0 else count)
+            seen = glance(count + 4 * self.parts if following >= 0 else count)
             cute.arch.mbarrier_wait(self.added, phase)
             # what other threads have added comes before, as they arrived at `added`; and what `seen` tells of comes before what follows
             cute.arch.fence_acq_rel_gpu()
@@ -174,31 +170,6 @@ class Adder:
             cute.arch.sync_warp()
             if cute.arch.lane_idx() == 0:
                 cute.arch.mbarrier_arrive(self.turns.added)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Tells DqKernel's CTAs, which may start while the last ones of BackwardKernel run, of which K/V heads dQ's sums are complete."""
-
-    counts: cute.Tensor  # as counts_of has it, zeros at first
-    queries_per_kv: Int32
-
-    def place(self, head_kv, batch):
-        return count(self.counts, head_kv * self.queries_per_kv, batch).toint() + 4 * 2
-
-    def count(self, head_kv, batch):
-        """One thread: a CTA's tile of keys has been added; what other threads have added comes before, if they have met this one since."""
-        count_up(self.place(head_kv, batch))
-
-    @cute.jit
-    def await_all(self, head_kv, batch, tiles, readers):
-        """One thread: waits until so many have. Returns whether it is the last of so many that know: nobody reads the counts any more."""
-        place = self.place(head_kv, batch)
-        await_count(place, tiles)
-        before = cute.arch.inline_ptx(
-            "atom.acq_rel.gpu.global.add.s32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[place + 4]
-        )
-        return Int32(before + 1 == readers)
 
 
 def await_count(address, count):
