@@ -36,6 +36,7 @@ from .parts.sources import RowSource, TmaSource
 
 ROWS = 64  # keys of a consumer warpgroup, the M of a WGMMA
 WARPGROUPS = 2  # that consume
+DQ_BARRIER = 1  # named barrier of the warpgroup that has dQ
 LONG = 2048  # keys: with more, their tiles take long
 CLAIM_AHEAD = 1  # the next tile of keys is claimed when so many tiles of queries are yet to be loaded for this one
 
@@ -154,7 +155,10 @@ class BackwardKernel:
             min_blocks_per_mp=1,
             use_pdl=True,
         )
-        DqKernel(c)(dq_accum, dQ, softmax_scale, stream)
+        finished = accumulate.Finished(counts, queries_per_kv)
+        recent = cute.ceil_div(max(1, sms // c.cluster), key_tiles)  # heads of which tiles run at the end, but for a larger last group
+        first_done = max(0, min(tile_list.last_group * head_group, K.shape[2] * K.shape[3] - recent) - recent)
+        DqKernel(c)(dq_accum, dQ, softmax_scale, finished, key_tiles * c.cluster, first_done, stream)
 
     def fake_arguments(self):
         """What __call__ takes, as the compiler wants it described: every extent and stride decided at run time."""
@@ -264,7 +268,6 @@ class BackwardKernel:
                         cute.arch.mbarrier_init(ds_come + i, 1)
         cute.arch.mbarrier_init_fence()
         self.meet()
-        cute.arch.griddepcontrol_launch_dependents()
 
         Q, dO, K, V, other_K, mdK, mdV = tensors
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
@@ -275,6 +278,7 @@ class BackwardKernel:
             part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
             turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, part)
         adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
+        finished = accumulate.Finished(counts, queries_per_kv)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
@@ -298,14 +302,14 @@ class BackwardKernel:
         elif c.dq_warpgroup and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
             waited_for = k_ring, other_k_ring, ds_full, ds_empty, ds_come
-            self.compute_dq(schedule, mask, waited_for, (sK, s_other_k), sdS, adder, thread % WARPGROUP, queries_per_kv, tiles_of)
+            self.compute_dq(schedule, mask, waited_for, (sK, s_other_k), sdS, (adder, finished), thread % WARPGROUP, queries_per_kv, tiles_of)
         else:
             cute.arch.setmaxregister_increase(c.registers[-1])
             outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, s_out)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
             rings = q_ring, do_ring, k_ring, v_ring, ds_full, ds_empty if c.dq_warpgroup else p_full
             exchanged = rings, (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
-            self.consume(own, exchanged, schedule, adder, outputs, scales[0], queries_per_kv, tiles_of)
+            self.consume(own, exchanged, schedule, (adder, finished), outputs, scales[0], queries_per_kv, tiles_of)
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
 
@@ -369,7 +373,8 @@ class BackwardKernel:
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
-        cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, dQ's zeros, and the counter's
+        cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, dQ's zeros, and the counters'
+        cute.arch.griddepcontrol_launch_dependents()  # not before, as DqKernel looks at these counters
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, together)
             to_come = max(m_stop - m_first, 0) * queries_per_kv
@@ -566,8 +571,8 @@ class BackwardKernel:
         return cute.local_tile(shared, (ROWS, *shared.shape[1:]), (index, 0, 0))
 
     @cute.jit
-    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv, tiles_of):
-        """One warpgroup: dK and dV of 64 keys of each tile that the CTA gets. (adder, tiles_of: for the kernel whose consumers have dQ too.)
+    def consume(self, own, exchanged, schedule, adding, outputs, softmax_scale, queries_per_kv, tiles_of):
+        """One warpgroup: dK and dV of 64 keys of each tile that the CTA gets. (adding, tiles_of: for the kernel whose consumers have dQ too.)
 
         One loop over the tiles of queries of all tiles of keys, as ptxas spills in a loop around the loop.
         """
@@ -626,10 +631,10 @@ class BackwardKernel:
             self.fetch_lse(t, at)
 
     @cute.jit
-    def compute_dq(self, schedule, mask, waited_for, keys, sdS, adder, thread, queries_per_kv, tiles_of):
+    def compute_dq(self, schedule, mask, waited_for, keys, sdS, adding, thread, queries_per_kv, tiles_of):
         """One warpgroup: what each tile of keys that the CTA gets adds to dQ, half a tile of dQ at a time."""
         c = self.config
-        (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come) = keys, waited_for
+        (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come), (adder, finished) = keys, waited_for, adding
         memory = warpgroup.OperandSource.SMEM
         if cutlass.const_expr(c.dq_by_rows):  # dQ = dS K, 64 queries each
             op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, memory)
@@ -692,6 +697,10 @@ class BackwardKernel:
                 other_k_ring.consumer_release(k_at)
             else:
                 k_ring.consumer_release(k_at)
+            if cutlass.const_expr(not c.deterministic):
+                cute.arch.barrier(barrier_id=DQ_BARRIER, number_of_threads=WARPGROUP)
+                if thread == 0:
+                    finished.count(head_kv, batch)
             k_at.advance()
             position, (n, head_kv, batch), s_at = schedule.hear(position, s_at)
 

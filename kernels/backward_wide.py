@@ -134,9 +134,10 @@ class WideBackwardKernel(BackwardKernel):
         ]
 
     @cute.jit
-    def consume(self, own, exchanged, schedule, adder, outputs, softmax_scale, queries_per_kv, tiles_of):
+    def consume(self, own, exchanged, schedule, adding, outputs, softmax_scale, queries_per_kv, tiles_of):
         """One warpgroup: dV or dK of the CTA's keys, and half of what they add to dQ."""
         c = self.config
+        adder, finished = adding
         t = self.consumer(*own, *exchanged)
         together, head_kv, batch = schedule.tiles.tile(schedule.first())
         m_first, m_stop = self.query_tiles(t.mask, together)
@@ -165,7 +166,10 @@ class WideBackwardKernel(BackwardKernel):
             self.issue_dq(t, ds_at)
             wgmma.wait(0)
             adder.add(t.dQ, tile, p_at.phase, part, t.thread)
-        cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V
+        cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V, and have added to dQ
+        if cutlass.const_expr(not c.deterministic):
+            if t.index == 0 and t.thread == 0:
+                finished.count(head_kv, batch)
         if t.index == 0:
             outputs[1].write(t.dX, 0, n, head_kv, batch, 0, t.thread)
         else:

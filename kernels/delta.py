@@ -60,7 +60,7 @@ class DeltaKernel:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         if m == 0 and thread == 0:
-            of_head = cute.make_tensor(accumulate.count(counts, head, batch), 2)
+            of_head = cute.make_tensor(accumulate.count(counts, head, batch), accumulate.COUNTS)
             of_head.fill(0)
         if cutlass.const_expr(turns is not None):
             if thread < c.cluster:

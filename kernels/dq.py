@@ -12,7 +12,7 @@ from .parts import accumulate, tiles, wgmma
 from .parts.barriers import WARP
 from .parts.output import WARPS
 from .parts.rounding import DTYPES, round_into
-from .parts.schedule import TileList
+from .parts.schedule import Divisor, TileList
 
 WARPGROUPS = 2
 
@@ -25,13 +25,19 @@ class DqKernel:
         self.dtype = DTYPES[config.dtype]
 
     @cute.jit
-    def __call__(self, dq_accum, dQ, softmax_scale, stream: cuda.CUstream):
-        """dQ: (seqlen_q, head_dim, heads, batch); dq_accum: (batch, heads, rows · head_dim)."""
+    def __call__(self, dq_accum, dQ, softmax_scale, finished, key_tiles, first_done, stream: cuda.CUstream):
+        """dQ: (seqlen_q, head_dim, heads, batch); dq_accum: (batch, heads, rows · head_dim).
+
+        key_tiles: of a K/V head, which `finished` counts. first_done: the K/V heads of all batches below this number are complete sooner.
+        """
         c = self.config
         layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, 1)
         store, mdQ = tiles.tma_store(dQ, layout, c.tile_m, c.head_dim)
-        tile_list = TileList.of(False, cute.ceil_div(dQ.shape[0], c.tile_m), 1, dQ.shape[2], dQ.shape[3], Int32(1))
-        self.kernel(store, mdQ, dq_accum, softmax_scale, tile_list, layout).launch(
+        query_tiles, queries_per_kv = cute.ceil_div(dQ.shape[0], c.tile_m), finished.queries_per_kv
+        of_head = query_tiles * queries_per_kv  # a K/V head's: of its query heads one after the other
+        tile_list = TileList.of(False, of_head, 1, dQ.shape[2] // queries_per_kv, dQ.shape[3], Int32(1))
+        arguments = softmax_scale, finished, key_tiles, first_done, tile_list, Divisor(query_tiles)
+        self.kernel(store, mdQ, dq_accum, *arguments, layout).launch(
             grid=[tile_list.length, 1, 1],
             block=[WARPGROUPS * WARPGROUP, 1, 1],
             smem=c.tile_bytes["Q"] + 1024,
@@ -46,20 +52,52 @@ class DqKernel:
         dQ: cute.Tensor,
         dq_accum: cute.Tensor,
         scale: Float32,
+        finished: accumulate.Finished,
+        key_tiles: Int32,
+        first_done: Int32,
         tile_list: TileList,
+        query_tiles: Divisor,
         layout: cute.ComposedLayout,
     ):
         c = self.config
-        # the last tile first: the last heads' sums are in the L2 cache still
-        m, head, batch = tile_list.tile(tile_list.length - 1 - cute.arch.block_idx()[0])
         thread = cute.arch.thread_idx()[0]
-        warp = cute.arch.make_warp_uniform(thread // WARP)
-        index = cute.arch.make_warp_uniform(thread // WARPGROUP)
         smem = SmemAllocator()
         shared = smem.allocate_tensor(self.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        is_last = smem.allocate_tensor(Int32, 1)
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
+        number, head_kv, batch = self.place(tile_list, first_done)
+        last = Int32(number == 0)
+        if cutlass.const_expr(c.deterministic):
+            cute.arch.griddepcontrol_wait()
+        else:
+            if thread == 0:
+                is_last[0] = finished.await_all(head_kv, batch, key_tiles, tile_list.query_tiles)
+            cute.arch.sync_threads()
+            last = is_last[0]
+        # tile 0 has the counts, so it is written by the CTA that is the last to look at them, after its own
+        for i in cutlass.range(Int32(number == 0), 1 + last, unroll=1):
+            number *= 1 - i
+            head, m = divmod(number, query_tiles)
+            if cutlass.const_expr(not c.deterministic):
+                if number == 0 and head_kv == 0 and batch == 0:
+                    cute.arch.griddepcontrol_wait()  # it counts BackwardKernel's claims; and so this grid doesn't end before that one
+            self.convert(store, dQ, dq_accum, scale, shared, thread, m, head_kv * finished.queries_per_kv + head, batch)
 
+    @cute.jit
+    def place(self, tile_list, first_done):
+        """(number, K/V head, batch) of the CTA's tile; the heads that are complete first in front.
+
+        Of these the last ones come first, as the L2 cache may still have their sums.
+        """
+        block, sooner = cute.arch.block_idx()[0], first_done * tile_list.query_tiles
+        return tile_list.tile(sooner - 1 - block if block < sooner else tile_list.length - 1 - (block - sooner))
+
+    @cute.jit
+    def convert(self, store, dQ, dq_accum, scale, shared, thread, m, head, batch):
+        """A tile of dQ."""
+        c = self.config
+        warp = cute.arch.make_warp_uniform(thread // WARP)
+        index = cute.arch.make_warp_uniform(thread // WARPGROUP)
         queries, head_dims = c.dq_part
         columns = head_dims if c.dq_by_rows else queries
         op = wgmma.operation(self.dtype, columns, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
@@ -85,3 +123,4 @@ class DqKernel:
             cute.copy(store, tdQ[None, 0], gdQ[None, m])
             cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_threads()

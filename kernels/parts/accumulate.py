@@ -15,6 +15,7 @@ from .barriers import WARP
 from .output import WARPS
 from .schedule import TileList
 
+COUNTS = 4  # numbers that `count` points to
 VECTOR = 4  # fp32 numbers that a lane moves at a time
 PAGE = 128  # zeros that a lane moves at a time
 
@@ -37,13 +38,16 @@ def tile_of(sums, number, elements):
 
 
 def counts_of(dQ):
-    """(heads, batch): a place for two int32 numbers a head, where the first row of its dQ will be: nobody writes that before DqKernel."""
+    """(heads, batch): a place for COUNTS int32 numbers a head, where the first row of its dQ will be: nobody writes that before DqKernel."""
     stride = (dQ.stride[2], dQ.stride[3])
     return cute.make_tensor(dQ.iterator, cute.make_layout((dQ.shape[2], dQ.shape[3]), stride=stride))
 
 
 def count(counts, head, batch):
-    """A pointer to a head's: how many have made zeros for its K/V head; and, for the first head of all, how many tiles are claimed."""
+    """A pointer to a head's, in that order: of its K/V head, if it is the first of that, how many have made zeros; how many tiles of keys
+    are claimed, where it is the first head of all; and of its K/V head, how many tiles of keys have added all that they add, and how many
+    CTAs of DqKernel know that all have.
+    """
     return cute.recast_ptr(counts[None, batch].iterator + Int64(head) * counts.stride[0], dtype=Int32)
 
 
@@ -170,6 +174,31 @@ class Adder:
             cute.arch.sync_warp()
             if cute.arch.lane_idx() == 0:
                 cute.arch.mbarrier_arrive(self.turns.added)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Tells DqKernel's CTAs, which may start while the last ones of BackwardKernel run, of which K/V heads dQ's sums are complete."""
+
+    counts: cute.Tensor  # as counts_of has it, zeros at first
+    queries_per_kv: Int32
+
+    def place(self, head_kv, batch):
+        return count(self.counts, head_kv * self.queries_per_kv, batch).toint() + 4 * 2
+
+    def count(self, head_kv, batch):
+        """One thread: a CTA's tile of keys has been added; what other threads have added comes before, if they have met this one since."""
+        count_up(self.place(head_kv, batch))
+
+    @cute.jit
+    def await_all(self, head_kv, batch, tiles, readers):
+        """One thread: waits until so many have. Returns whether it is the last of so many that know: nobody reads the counts any more."""
+        place = self.place(head_kv, batch)
+        await_count(place, tiles)
+        before = cute.arch.inline_ptx(
+            "atom.acq_rel.gpu.global.add.s32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[place + 4]
+        )
+        return Int32(before + 1 == readers)
 
 
 def await_count(address, count):
