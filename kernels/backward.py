@@ -155,10 +155,12 @@ class BackwardKernel:
             min_blocks_per_mp=1,
             use_pdl=True,
         )
-        finished = accumulate.Finished(counts, queries_per_kv)
+        finished = accumulate.Finished(counts, tile_list, queries_per_kv, c.cluster)
         recent = cute.ceil_div(max(1, sms // c.cluster), key_tiles)  # heads of which tiles run at the end, but for a larger last group
-        first_done = max(0, min(tile_list.last_group * head_group, K.shape[2] * K.shape[3] - recent) - recent)
-        DqKernel(c)(dq_accum, dQ, softmax_scale, finished, key_tiles * c.cluster, first_done, stream)
+        first_done = Int32(0)
+        if cutlass.const_expr(c.counts_finished):
+            first_done = max(0, min(tile_list.last_group * head_group, K.shape[2] * K.shape[3] - recent) - recent)
+        DqKernel(c)(dq_accum, dQ, softmax_scale, finished, first_done, stream)
 
     def fake_arguments(self):
         """What __call__ takes, as the compiler wants it described: every extent and stride decided at run time."""
@@ -268,6 +270,8 @@ class BackwardKernel:
                         cute.arch.mbarrier_init(ds_come + i, 1)
         cute.arch.mbarrier_init_fence()
         self.meet()
+        if cutlass.const_expr(not c.counts_finished):
+            cute.arch.griddepcontrol_launch_dependents()
 
         Q, dO, K, V, other_K, mdK, mdV = tensors
         mask = RightMask(c.mask == "causal", c.tile_m, c.tile_n, Q.shape[0], K.shape[0])
@@ -278,7 +282,7 @@ class BackwardKernel:
             part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
             turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, part)
         adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
-        finished = accumulate.Finished(counts, queries_per_kv)
+        finished = accumulate.Finished(counts, tile_list, queries_per_kv, c.cluster)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
@@ -374,7 +378,8 @@ class BackwardKernel:
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
         cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, dQ's zeros, and the counters'
-        cute.arch.griddepcontrol_launch_dependents()  # not before, as DqKernel looks at these counters
+        if cutlass.const_expr(c.counts_finished):
+            cute.arch.griddepcontrol_launch_dependents()  # not before, as DqKernel looks at these counters
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, together)
             to_come = max(m_stop - m_first, 0) * queries_per_kv
@@ -697,7 +702,7 @@ class BackwardKernel:
                 other_k_ring.consumer_release(k_at)
             else:
                 k_ring.consumer_release(k_at)
-            if cutlass.const_expr(not c.deterministic):
+            if cutlass.const_expr(c.counts_finished):
                 cute.arch.barrier(barrier_id=DQ_BARRIER, number_of_threads=WARPGROUP)
                 if thread == 0:
                     finished.count(head_kv, batch)

@@ -167,7 +167,7 @@ class WideBackwardKernel(BackwardKernel):
             wgmma.wait(0)
             adder.add(t.dQ, tile, p_at.phase, part, t.thread)
         cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V, and have added to dQ
-        if cutlass.const_expr(not c.deterministic):
+        if cutlass.const_expr(c.counts_finished):
             if t.index == 0 and t.thread == 0:
                 finished.count(head_kv, batch)
         if t.index == 0:

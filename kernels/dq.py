@@ -25,10 +25,10 @@ class DqKernel:
         self.dtype = DTYPES[config.dtype]
 
     @cute.jit
-    def __call__(self, dq_accum, dQ, softmax_scale, finished, key_tiles, first_done, stream: cuda.CUstream):
+    def __call__(self, dq_accum, dQ, softmax_scale, finished, first_done, stream: cuda.CUstream):
         """dQ: (seqlen_q, head_dim, heads, batch); dq_accum: (batch, heads, rows · head_dim).
 
-        key_tiles: of a K/V head, which `finished` counts. first_done: the K/V heads of all batches below this number are complete sooner.
+        finished: which heads' sums are complete. first_done: the K/V heads of all batches below this number are it sooner.
         """
         c = self.config
         layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, 1)
@@ -36,7 +36,7 @@ class DqKernel:
         query_tiles, queries_per_kv = cute.ceil_div(dQ.shape[0], c.tile_m), finished.queries_per_kv
         of_head = query_tiles * queries_per_kv  # a K/V head's: of its query heads one after the other
         tile_list = TileList.of(False, of_head, 1, dQ.shape[2] // queries_per_kv, dQ.shape[3], Int32(1))
-        arguments = softmax_scale, finished, key_tiles, first_done, tile_list, Divisor(query_tiles)
+        arguments = softmax_scale, finished, first_done, tile_list, Divisor(query_tiles)
         self.kernel(store, mdQ, dq_accum, *arguments, layout).launch(
             grid=[tile_list.length, 1, 1],
             block=[WARPGROUPS * WARPGROUP, 1, 1],
@@ -53,7 +53,6 @@ class DqKernel:
         dq_accum: cute.Tensor,
         scale: Float32,
         finished: accumulate.Finished,
-        key_tiles: Int32,
         first_done: Int32,
         tile_list: TileList,
         query_tiles: Divisor,
@@ -66,22 +65,24 @@ class DqKernel:
         is_last = smem.allocate_tensor(Int32, 1)
         cute.arch.griddepcontrol_launch_dependents()
         number, head_kv, batch = self.place(tile_list, first_done)
-        last = Int32(number == 0)
-        if cutlass.const_expr(c.deterministic):
-            cute.arch.griddepcontrol_wait()
-        else:
+        if cutlass.const_expr(c.counts_finished):
+            group = finished.group_of(head_kv, batch)
             if thread == 0:
-                is_last[0] = finished.await_all(head_kv, batch, key_tiles, tile_list.query_tiles)
+                is_last[0] = finished.await_all(group, tile_list.query_tiles)
             cute.arch.sync_threads()
             last = is_last[0]
-        # tile 0 has the counts, so it is written by the CTA that is the last to look at them, after its own
-        for i in cutlass.range(Int32(number == 0), 1 + last, unroll=1):
-            number *= 1 - i
-            head, m = divmod(number, query_tiles)
-            if cutlass.const_expr(not c.deterministic):
-                if number == 0 and head_kv == 0 and batch == 0:
-                    cute.arch.griddepcontrol_wait()  # it counts BackwardKernel's claims; and so this grid doesn't end before that one
-            self.convert(store, dQ, dq_accum, scale, shared, thread, m, head_kv * finished.queries_per_kv + head, batch)
+            first_batch, first_head = divmod(group * finished.tiles.group_heads.divisor, finished.tiles.heads)
+            has_counts = number == 0 and head_kv == first_head and batch == first_batch
+            # the tile that has the group's counts is written by the CTA that is the last to look at them, after its own tile
+            for i in cutlass.range(Int32(has_counts), 1 + last, unroll=1):
+                if i == 1:
+                    number, head_kv, batch = Int32(0), first_head, first_batch
+                    if group == 0:
+                        cute.arch.griddepcontrol_wait()  # the first of all counts claims, too; and so this grid doesn't end before that one
+                self.convert(store, dQ, dq_accum, scale, shared, thread, divmod(number, query_tiles), head_kv, batch, finished.queries_per_kv)
+        else:
+            cute.arch.griddepcontrol_wait()
+            self.convert(store, dQ, dq_accum, scale, shared, thread, divmod(number, query_tiles), head_kv, batch, finished.queries_per_kv)
 
     @cute.jit
     def place(self, tile_list, first_done):
@@ -93,9 +94,10 @@ class DqKernel:
         return tile_list.tile(sooner - 1 - block if block < sooner else tile_list.length - 1 - (block - sooner))
 
     @cute.jit
-    def convert(self, store, dQ, dq_accum, scale, shared, thread, m, head, batch):
-        """A tile of dQ."""
+    def convert(self, store, dQ, dq_accum, scale, shared, thread, place, head_kv, batch, queries_per_kv):
+        """A tile of dQ. place: (query head of the K/V head's, tile of queries)"""
         c = self.config
+        head, m = head_kv * queries_per_kv + place[0], place[1]
         warp = cute.arch.make_warp_uniform(thread // WARP)
         index = cute.arch.make_warp_uniform(thread // WARPGROUP)
         queries, head_dims = c.dq_part

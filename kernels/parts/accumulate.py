@@ -44,9 +44,9 @@ def counts_of(dQ):
 
 
 def count(counts, head, batch):
-    """A pointer to a head's, in that order: of its K/V head, if it is the first of that, how many have made zeros; how many tiles of keys
-    are claimed, where it is the first head of all; and of its K/V head, how many tiles of keys have added all that they add, and how many
-    CTAs of DqKernel know that all have.
+    """A pointer to a head's, in that order: how many have made zeros for its group of heads, where it is the first of that; how many tiles
+    of keys are claimed, where it is the first of all; and of its group, how many CTAs have added all that a tile of keys adds, and how many
+    of DqKernel know that all have.
     """
     return cute.recast_ptr(counts[None, batch].iterator + Int64(head) * counts.stride[0], dtype=Int32)
 
@@ -112,8 +112,7 @@ class Zeros:
         return group >= 2 * self.ahead and group < self.tiles.last_group
 
     def count_of(self, group):
-        batch, head_kv = divmod(group * self.tiles.group_heads.divisor, self.tiles.heads)
-        return count(self.counts, head_kv * self.queries_per_kv, batch).toint()
+        return count_of_group(self.counts, self.tiles, group, self.queries_per_kv).toint()
 
 
 @dataclass(frozen=True)
@@ -178,27 +177,43 @@ class Adder:
 
 @dataclass(frozen=True)
 class Finished:
-    """Tells DqKernel's CTAs, which may start while the last ones of BackwardKernel run, of which K/V heads dQ's sums are complete."""
+    """Tells DqKernel's CTAs, which may start while the last ones of BackwardKernel run, for which groups of K/V heads dQ's sums are complete."""
 
     counts: cute.Tensor  # as counts_of has it, zeros at first
+    tiles: TileList  # of keys
     queries_per_kv: Int32
+    ctas: Constexpr[int]  # that have a tile of keys together
 
-    def place(self, head_kv, batch):
-        return count(self.counts, head_kv * self.queries_per_kv, batch).toint() + 4 * 2
+    @cute.jit
+    def group_of(self, head_kv, batch):
+        group, _ = divmod(batch * self.tiles.heads.divisor + head_kv, self.tiles.group_heads)
+        return min(group, self.tiles.last_group)
+
+    def place(self, group):
+        return count_of_group(self.counts, self.tiles, group, self.queries_per_kv).toint() + 4 * 2
 
     def count(self, head_kv, batch):
         """One thread: a CTA's tile of keys has been added; what other threads have added comes before, if they have met this one since."""
-        count_up(self.place(head_kv, batch))
+        count_up(self.place(self.group_of(head_kv, batch)))
 
     @cute.jit
-    def await_all(self, head_kv, batch, tiles, readers):
-        """One thread: waits until so many have. Returns whether it is the last of so many that know: nobody reads the counts any more."""
-        place = self.place(head_kv, batch)
-        await_count(place, tiles)
+    def await_all(self, group, query_tiles):
+        """One thread: waits for a group. Returns whether it is the last that knows, of the CTAs that have query_tiles tiles for each K/V head:
+        nobody reads the group's counts any more.
+        """
+        heads = self.tiles.group_heads.divisor if group < self.tiles.last_group else self.tiles.last_heads.divisor
+        place = self.place(group)
+        await_count(place, heads * self.tiles.query_tiles * self.ctas)
         before = cute.arch.inline_ptx(
             "atom.acq_rel.gpu.global.add.s32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[place + 4]
         )
-        return Int32(before + 1 == readers)
+        return Int32(before + 1 == heads * query_tiles)
+
+
+def count_of_group(counts, tiles, group, queries_per_kv):
+    """As `count`, for a group of the list's K/V heads."""
+    batch, head_kv = divmod(group * tiles.group_heads.divisor, tiles.heads)
+    return count(counts, head_kv * queries_per_kv, batch)
 
 
 def await_count(address, count):
