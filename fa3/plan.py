@@ -139,8 +139,8 @@ def head_group(problem, device):
     return together * queries_per_kv
 
 
-# (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and how fast it is, as does,
-# but for pairs, perf/results/2026-11-27-paper-bwd-h100-2.json.
+# (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and how fast it is, as does
+# perf/results/2026-11-28-paper-bwd-h100.json.
 BACKWARD = {
     (64, "none"): dict(tile_m=128),
     (64, "causal"): dict(tile_m=128),
@@ -192,16 +192,15 @@ def plan_backward(problem: Problem, device: Device) -> BackwardPlan:
 def in_pairs(problem):
     """Whether CTAs work in pairs that add up dQ of both's keys before it goes to memory, at head_dim 128.
 
-    Half of these additions is worth 2 to 10 %; but every pair must have keys for both, or nearly, and with a causal mask one waits for
-    the other at the diagonal, which from 2k to 4k queries costs more.
+    Half of these additions is worth 2 to 10 %, and twice that where they are made in order; but every pair must have keys for both, or
+    nearly, and with a causal mask one waits for the other at the diagonal, which from 2k to 4k queries costs more than 2 %.
     """
     key_tiles = -(-problem.seqlen_k // 128)
     return (
         (problem.head_dim, "causal" if problem.causal else "none") in BACKWARD_IN_PAIRS
-        and not problem.deterministic
         and (key_tiles % 2 == 0 or key_tiles > 64)
         and problem.seqlen_q >= 512
-        and not (problem.causal and 1024 < problem.seqlen_q < 8192)
+        and not (problem.causal and not problem.deterministic and 1024 < problem.seqlen_q < 8192)
     )
 
 
@@ -229,7 +228,7 @@ def shipped(family="forward"):
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
     if family == "backward":
         alone = [(where, deterministic, False) for where in BACKWARD for deterministic in (False, True)]
-        pairs = [(where, False, True) for where in BACKWARD_IN_PAIRS]
+        pairs = [(where, deterministic, True) for where in BACKWARD_IN_PAIRS for deterministic in (False, True)]
         return [backward_config(dtype, *where, *rest) for where, *rest in alone + pairs for dtype in DTYPE_BYTES]
     return [
         forward_config(dtype, head_dim, mask, lse, row)

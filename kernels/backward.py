@@ -258,7 +258,7 @@ class BackwardKernel:
                 cute.arch.mbarrier_init(p_full, WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
                 cute.arch.mbarrier_init(turn_barriers, 1)
-                cute.arch.mbarrier_init(turn_barriers + 1, consumer_warps)
+                cute.arch.mbarrier_init(turn_barriers + 1, WARPS if c.sends_ds else 2 * WARPS)
                 if cutlass.const_expr(c.sends_ds):
                     for i in cutlass.range_constexpr(SCHEDULE_STAGES):
                         cute.arch.mbarrier_init(ready + i, 1)
@@ -454,7 +454,7 @@ class BackwardKernel:
     @cute.jit
     def claim_together(self, schedule, near_end, zeros):
         """One warp of each CTA of a cluster: the first one's claims the next tiles for both, the other one's makes zeros."""
-        position, phase, first = schedule.first(), Int32(0), self.rank() == 0
+        position, phase, first = schedule.first(), Int32(schedule.first_claimed), self.rank() == 0  # 1: waits for nothing the first time
         s_at = barriers.producing(SCHEDULE_STAGES)
         if not first:
             zeros.start()
@@ -464,6 +464,10 @@ class BackwardKernel:
                 cute.arch.mbarrier_wait(near_end, phase)
                 position, place = schedule.claimed(schedule.claim(), position)
                 s_at = schedule.tell(position, place, s_at)
+            elif cutlass.const_expr(schedule.first_claimed):
+                position, s_at = schedule.be_told(s_at)
+                if position < schedule.tiles.length:
+                    zeros.make(position)
             else:
                 zeros.make(position)
                 position, s_at = schedule.be_told(s_at)
@@ -472,14 +476,10 @@ class BackwardKernel:
 
     @cute.jit
     def send_ds(self, schedule, mask, barriers_of_ds, sdS, queries_per_kv):
-        """One warp: sends what the CTA has of dS to the same place in the cluster's other CTA, for which it is free by then: that has
-        read what was there two tiles of queries before, or no dS would have been written here in the meantime.
-        """
-        c = self.config
+        """One warp: sends what the CTA has of dS, tile by tile."""
         ds_full, ds_come = barriers_of_ds
-        rank, size = self.rank(), c.tile_m * c.tile_n * 2
-        own = cute.local_tile(sdS, (c.tile_m, c.tile_n, c.ds_buffers), (0, rank, 0))
-        at = barriers.consuming(c.ds_buffers)
+        rank = self.rank()
+        own, at = self.ds_of(sdS, rank), barriers.consuming(self.config.ds_buffers)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
         while position < schedule.tiles.length:
@@ -487,10 +487,40 @@ class BackwardKernel:
             for _ in cutlass.range((m_stop - m_first) * queries_per_kv, unroll=1):
                 cute.arch.mbarrier_wait(ds_full + at.index, at.phase)
                 if cute.arch.lane_idx() == 0:
-                    cute.arch.mbarrier_arrive_and_expect_tx(ds_come + at.index, size)
-                    barriers.send(own[None, None, at.index].iterator, size, ds_come + at.index, 1 - rank)
+                    self.send(own, at.index, ds_come, rank)
                 at.advance()
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
+
+    @cute.jit
+    def send_ahead(self, own, ds_at, more, barriers_of_ds, turns, thread):
+        """While it isn't this CTA's turn to add, one thread sends the next step's dS, if there is more in this tile and it is ready.
+        Returns whether it did.
+        """
+        ds_full, ds_come = barriers_of_ds
+        following, sent = ds_at.clone(), Boolean(False)
+        following.advance()
+        if thread == 0:
+            waits = Boolean(True)
+            while waits:
+                waits = not cute.arch.mbarrier_test_wait(turns.granted, ds_at.index)
+                if more and not sent:
+                    if cute.arch.mbarrier_test_wait(ds_full + following.index, following.phase):
+                        self.send(own, following.index, ds_come, self.rank())
+                        sent = Boolean(True)
+        return sent
+
+    def ds_of(self, sdS, rank):
+        """dS of a cluster's CTA, in both buffers."""
+        c = self.config
+        return cute.local_tile(sdS, (c.tile_m, c.tile_n, c.ds_buffers), (0, rank, 0))
+
+    def send(self, own, buffer, ds_come, rank):
+        """One thread: what the CTA has of dS, to the same place in the cluster's other CTA, where it is free by then: that has read what was
+        there two tiles of queries before, or no dS would have been written here in the meantime.
+        """
+        size = self.config.tile_m * self.config.tile_n * 2
+        cute.arch.mbarrier_arrive_and_expect_tx(ds_come + buffer, size)
+        barriers.send(own[None, None, buffer].iterator, size, ds_come + buffer, 1 - rank)
 
     @cute.jit
     def make_zeros(self, schedule, zeros):
@@ -651,7 +681,7 @@ class BackwardKernel:
         if cutlass.const_expr(c.sends_ds):  # this CTA's half of head_dim, of its own keys and then of the other's
             rank = self.rank()
             rows = [self.own_rows(rows, rank), tiles.transposed(s_other_k)]
-            columns = [cute.local_tile(sdS, (c.tile_m, c.tile_n, c.ds_buffers), (0, r, 0)) for r in (rank, 1 - rank)]
+            columns = [self.ds_of(sdS, r) for r in (rank, 1 - rank)]
         else:
             rows, columns = [self.own_rows(rows, half) for half in range(2)], [columns] * 2
         A = [mma.make_fragment_A(mma.get_slice(0).partition_A(x)) for x in rows]
@@ -660,6 +690,7 @@ class BackwardKernel:
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         n, head_kv, batch = tile
         k_at, ds_at = barriers.consuming(c.k_stages), barriers.consuming(c.ds_buffers)
+        sent = Boolean(False)  # whether the next step's dS is on its way to the cluster's other CTA
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, n)
             place = batch * tiles_of[0] + head_kv * tiles_of[1]
@@ -673,6 +704,9 @@ class BackwardKernel:
                     a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
                     operands = [(a[None, None, None, a_stage], b[None, None, None, b_stage]) for a, b in zip(A, B)]
                     if cutlass.const_expr(c.sends_ds):
+                        if cutlass.const_expr(c.deterministic):  # where a warp keeps the turns, in place of the one that sends
+                            if thread == 0 and not sent:
+                                self.send(columns[0], ds_at.index, ds_come, rank)
                         wgmma.issue(op, dQ, *operands[0], accumulate=False)
                         wgmma.wait(0)
                         if m + 1 == m_stop and h + 1 == queries_per_kv:
@@ -683,6 +717,9 @@ class BackwardKernel:
                         if cute.arch.lane_idx() == 0:
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index, 1 - rank)
+                        if cutlass.const_expr(c.deterministic):
+                            more = m + 1 < m_stop or h + 1 < queries_per_kv
+                            sent = self.send_ahead(columns[0], ds_at, more, (ds_full, ds_come), adder.turns, thread)
                         adder.add(dQ, place, ds_at.index, rank, thread)
                     else:
                         for half in cutlass.range_constexpr(2):

@@ -250,8 +250,7 @@ class BackwardConfig:
     tile_m: queries of one step of the mainloop.
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
     q_stages, do_stages: tiles of Q, and of dO, that are in flight; 2 but at head_dim 256.
-    cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1 or 2; at head_dim 64, and at 128
-        if deterministic, only 1.
+    cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1 or 2; at head_dim 64 only 1.
     dq_beside: what a tile's dQ is computed beside: "nothing", as a warpgroup of its own has it; at head_dim 256 "S" of the tile of queries
         after it, or "dK" of its own.
     deterministic: key tiles add to dQ in a fixed order.
@@ -280,7 +279,7 @@ class BackwardConfig:
         stages = (1, 2, 3, 4) if self.wide else (2,)  # Q, dO and dS go round together there
         one_of("q_stages", stages)
         one_of("do_stages", stages)
-        one_of("cluster", (1, 2) if self.wide or (self.head_dim == 128 and not self.deterministic) else (1,))
+        one_of("cluster", (1,) if self.head_dim == 64 else (1, 2))
         at_256 = ("dK",) if self.cluster == 1 else ("S", "dK")  # without a cluster, dQ has too many registers to lie beside S
         one_of("dq_beside", at_256 if self.wide else ("nothing",))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
@@ -318,7 +317,7 @@ class BackwardConfig:
 
     @property
     def sends_ds(self):
-        """Whether a warp of its own sends dS to the other CTA of the cluster; at head_dim 256 the consumers do."""
+        """Whether dS goes to the other CTA of the cluster by a bulk copy; at head_dim 256 the consumers store it there."""
         return self.dq_warpgroup and self.cluster == 2
 
     @property

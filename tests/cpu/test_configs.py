@@ -170,7 +170,6 @@ def test_what_is_accepted_backward_fits_an_sm():
         (dict(head_dim=256), r"tile_n must be one of \(64,\), got 128"),
         (dict(head_dim=256, tile_n=64, cluster=2, dq_beside="S", tile_m=80), r"tile_m must be one of \(64,\), got 80"),
         (dict(head_dim=64, tile_m=128, cluster=2), r"cluster must be one of \(1,\), got 2"),
-        (dict(deterministic=True, cluster=2), r"cluster must be one of \(1,\), got 2"),
         (dict(head_dim=256, tile_n=64, cluster=2, dq_beside="S"), "needs 256000 bytes of shared memory, a Hopper block has 232448"),
         (dict(mask="window"), "mask must be one of .*'causal'.*, got 'window'"),
         (dict(tile_m=72), "tile_m must be one of .*64.*, got 72"),

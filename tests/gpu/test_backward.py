@@ -244,7 +244,7 @@ def test_more_tiles_than_sms(shape, d, causal, deterministic):
 @pytest.fixture
 def pairs(monkeypatch):
     """Every call has them that can."""
-    monkeypatch.setattr(plan, "in_pairs", lambda problem: problem.head_dim == 128 and not problem.deterministic)
+    monkeypatch.setattr(plan, "in_pairs", lambda problem: problem.head_dim == 128)
     backward_of.cache_clear()
     yield
     backward_of.cache_clear()
@@ -257,20 +257,29 @@ def test_pairs_at_every_length(pairs, dtype, causal, heads):
     test_every_length(dtype, 128, causal, heads)
 
 
+@deterministic_or_not
 @masks
-def test_pairs_in_a_small_case(pairs, causal):
-    test_small_case(128, causal, False)
+def test_pairs_in_a_small_case(pairs, causal, deterministic):
+    test_small_case(128, causal, deterministic)
 
 
+@deterministic_or_not
 @masks
-def test_pairs_at_more_lengths(pairs, causal):
-    test_more_lengths(128, causal, False)
+def test_pairs_at_more_lengths(pairs, causal, deterministic):
+    test_more_lengths(128, causal, deterministic)
 
 
+@deterministic_or_not
 @masks
 @pytest.mark.parametrize("shape", MORE_TILES, ids=str)
-def test_pairs_with_more_tiles_than_sms(pairs, shape, causal):
-    test_more_tiles_than_sms(shape, 128, causal, False)
+def test_pairs_with_more_tiles_than_sms(pairs, shape, causal, deterministic):
+    test_more_tiles_than_sms(shape, 128, causal, deterministic)
+
+
+@masks
+@pytest.mark.parametrize("heads", ["mha", "gqa", "mqa"])
+def test_pairs_that_are_deterministic(pairs, causal, heads):
+    test_deterministic(128, causal, heads)
 
 
 @masks
@@ -726,7 +735,7 @@ def compare(found, want, exact, where):
 
 d = int(sys.argv[1])
 if "pairs" in sys.argv:
-    plan.in_pairs = lambda problem: not problem.deterministic
+    plan.in_pairs = lambda problem: True
 long = normal(1, 2**19, 1, 128)
 q, k, v, dout = (normal(25, seqlen, 16, d).requires_grad_() for seqlen in (128, 640, 640, 128))
 side, few = torch.cuda.Stream(), stream_of_few(16)
