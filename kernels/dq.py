@@ -28,7 +28,7 @@ class DqKernel:
     def __call__(self, dq_accum, dQ, softmax_scale, finished, first_done, stream: cuda.CUstream):
         """dQ: (seqlen_q, head_dim, heads, batch); dq_accum: (batch, heads, rows · head_dim).
 
-        finished: which heads' sums are complete. first_done: the K/V heads of all batches below this number are it sooner.
+        finished: tells of which heads the sums are complete. first_done: so many K/V heads, counted over all batches, are so sooner.
         """
         c = self.config
         layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, 1)
