@@ -90,7 +90,7 @@ def expected_wgmmas(config):
         copies_of_dq = 3 if config.dq_beside == "S" else 4
         return 4 * (config.head_dim // k + config.tile_m // k) + copies_of_dq * config.cluster * config.tile_n // k
     if config.family == "backward":
-        hidden = config.half_hidden and not config.sends_ds
+        hidden = config.half_hidden and not config.in_pairs
         return 2 * (config.head_dim // k + config.tile_m // k + config.tile_n // k) + hidden * config.tile_n // k
     copies = 2 + (config.overlap and config.scheduler != "single") + (config.overlap and config.mask == "causal")
     return copies * (config.head_dim // k + config.tile_n // k)

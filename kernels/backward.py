@@ -213,13 +213,13 @@ class BackwardKernel:
         do_barriers = smem.allocate_array(cutlass.Int64, 2 * c.do_stages)
         k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.k_stages)
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.v_stages)
-        other_k_barriers = smem.allocate_array(cutlass.Int64, 2) if c.sends_ds else None
+        other_k_barriers = smem.allocate_array(cutlass.Int64, 2) if c.in_pairs else None
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2 * SCHEDULE_STAGES)
         slots = smem.allocate_tensor(Int32, cute.make_layout((4, SCHEDULE_STAGES)), byte_alignment=16)
-        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers * (1 + c.dq_warpgroup + c.sends_ds))
+        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers * (1 + c.dq_warpgroup + c.in_pairs))
         ds_empty = ds_full + c.ds_buffers
         ds_come = ds_empty + c.ds_buffers
-        ready = smem.allocate_array(cutlass.Int64, SCHEDULE_STAGES) if c.sends_ds else None
+        ready = smem.allocate_array(cutlass.Int64, SCHEDULE_STAGES) if c.in_pairs else None
         p_full = smem.allocate_array(cutlass.Int64, 1)
         near_end = smem.allocate_array(cutlass.Int64, 1)
         page = smem.allocate_tensor(Float32, cute.make_layout(accumulate.PAGE), byte_alignment=16)
@@ -242,7 +242,7 @@ class BackwardKernel:
         q_ring = barriers.tma_ring(q_barriers, c.q_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
         do_ring = barriers.tma_ring(do_barriers, c.do_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
         k_bytes, other_k_ring = c.tile_bytes["K"] + c.tile_bytes["other K"], None
-        if cutlass.const_expr(c.sends_ds):  # another's dS comes when it comes, so its K goes later than this CTA's
+        if cutlass.const_expr(c.in_pairs):  # another's dS comes when it comes, so its K goes later than this CTA's
             k_bytes = c.tile_bytes["K"]
             other_k_ring = barriers.tma_ring(other_k_barriers, 1, c.tile_bytes["other K"], dq_warps)
         k_ring = barriers.tma_ring(k_barriers, c.k_stages, k_bytes, consumer_warps + dq_warps)
@@ -258,15 +258,15 @@ class BackwardKernel:
                 cute.arch.mbarrier_init(p_full, WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
                 cute.arch.mbarrier_init(turn_barriers, 1)
-                cute.arch.mbarrier_init(turn_barriers + 1, WARPS if c.sends_ds else 2 * WARPS)
-                if cutlass.const_expr(c.sends_ds):
+                cute.arch.mbarrier_init(turn_barriers + 1, WARPS if c.in_pairs else 2 * WARPS)
+                if cutlass.const_expr(c.in_pairs):
                     for i in cutlass.range_constexpr(SCHEDULE_STAGES):
                         cute.arch.mbarrier_init(ready + i, 1)
                 for i in cutlass.range_constexpr(c.ds_buffers):
                     cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
                     if cutlass.const_expr(c.dq_warpgroup):
                         cute.arch.mbarrier_init(ds_empty + i, WARPS * c.cluster)
-                    if cutlass.const_expr(c.sends_ds):
+                    if cutlass.const_expr(c.in_pairs):
                         cute.arch.mbarrier_init(ds_come + i, 1)
         cute.arch.mbarrier_init_fence()
         self.meet()
@@ -294,12 +294,12 @@ class BackwardKernel:
             elif warp_index == 2:
                 if cutlass.const_expr(c.deterministic):
                     self.keep_turns(schedule, mask, turns, queries_per_kv)
-                elif cutlass.const_expr(c.sends_ds):
+                elif cutlass.const_expr(c.in_pairs):
                     self.send_ds(schedule, mask, (ds_full, ds_come), sdS, queries_per_kv)
                 elif cutlass.const_expr(c.scheduler == "dynamic"):
                     self.make_zeros(schedule, zeros)
             elif cutlass.const_expr(c.scheduler == "dynamic"):
-                if cutlass.const_expr(c.sends_ds):
+                if cutlass.const_expr(c.in_pairs):
                     self.claim_together(schedule, near_end, zeros)
                 else:
                     self.claim(schedule, near_end, zeros)
@@ -442,11 +442,11 @@ class BackwardKernel:
             if cutlass.const_expr(c.scheduler == "dynamic"):
                 zeros.await_those_of(position)
             v_at = v.bring(n, v_at)
-            if cutlass.const_expr(c.sends_ds):
+            if cutlass.const_expr(c.in_pairs):
                 other_k = TmaSource.of_head(rings[2], copies[2], tensors[2], shared[2], head_kv, batch, part=self.rank())
                 other_k.bring(n ^ 1, before)
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
-        if cutlass.const_expr(c.sends_ds):
+        if cutlass.const_expr(c.in_pairs):
             rings[2].producer_tail(k_at.clone())
         rings[0].producer_tail(k_at)
         rings[1].producer_tail(v_at)
@@ -678,7 +678,7 @@ class BackwardKernel:
             op = wgmma.operation(self.dtype, c.tile_m, OperandMajorMode.K, memory, OperandMajorMode.MN)
             rows, columns = tiles.transposed(sK), sdS
         mma = cute.make_tiled_mma(op)
-        if cutlass.const_expr(c.sends_ds):  # this CTA's half of head_dim, of its own keys and then of the other's
+        if cutlass.const_expr(c.in_pairs):  # this CTA's half of head_dim, of its own keys and then of the other's
             rank = self.rank()
             rows = [self.own_rows(rows, rank), tiles.transposed(s_other_k)]
             columns = [self.ds_of(sdS, r) for r in (rank, 1 - rank)]
@@ -695,7 +695,7 @@ class BackwardKernel:
             m_first, m_stop = self.query_tiles(mask, n)
             place = batch * tiles_of[0] + head_kv * tiles_of[1]
             k_ring.consumer_wait(k_at)
-            if cutlass.const_expr(c.sends_ds):
+            if cutlass.const_expr(c.in_pairs):
                 other_k_ring.consumer_wait(k_at)
             for h in cutlass.range(queries_per_kv, unroll=1):
                 place += m_first
@@ -703,7 +703,7 @@ class BackwardKernel:
                     cute.arch.mbarrier_wait(ds_full + ds_at.index, ds_at.phase)
                     a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
                     operands = [(a[None, None, None, a_stage], b[None, None, None, b_stage]) for a, b in zip(A, B)]
-                    if cutlass.const_expr(c.sends_ds):
+                    if cutlass.const_expr(c.in_pairs):
                         if cutlass.const_expr(c.deterministic):  # where a warp keeps the turns, in place of the one that sends
                             if thread == 0 and not sent:
                                 self.send(columns[0], ds_at.index, ds_come, rank)
@@ -735,7 +735,7 @@ class BackwardKernel:
                             adder.add(dQ, place, ds_at.index, half, thread)
                     ds_at.advance()
                     place += 1
-            if cutlass.const_expr(c.sends_ds):
+            if cutlass.const_expr(c.in_pairs):
                 other_k_ring.consumer_release(k_at)
             else:
                 k_ring.consumer_release(k_at)
@@ -800,7 +800,7 @@ class BackwardKernel:
         t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         cute.arch.mbarrier_wait(t.ds_empty + at.index, at.phase ^ 1)
-        if cutlass.const_expr(self.config.sends_ds):
+        if cutlass.const_expr(self.config.in_pairs):
             t.dS.fill(0)
             wgmma.store_transposed(t.dS, t.ds_address + self.config.tile_bytes["dS"] * at.index)
             self.publish()

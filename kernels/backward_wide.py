@@ -72,7 +72,7 @@ class WideBackwardKernel(BackwardKernel):
         K_MAJOR, MN_MAJOR = OperandMajorMode.K, OperandMajorMode.MN
         registers, memory = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         columns = c.dq_part[1]
-        rank = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
+        rank = self.rank()
         scores_op = wgmma.operation(self.dtype, c.tile_m, K_MAJOR, memory)
         gradient_op = wgmma.operation(self.dtype, c.head_dim, MN_MAJOR, registers)
         dsk_op = wgmma.operation(self.dtype, columns, MN_MAJOR, memory)

@@ -18,7 +18,7 @@ WARPGROUPS = 2
 
 
 class DqKernel:
-    """A CTA takes a tile of tile_m queries of a head."""
+    """A CTA takes a tile of tile_m queries of a head; if counts_finished, as soon as BackwardKernel's CTAs have added all of its group's."""
 
     def __init__(self, config: BackwardConfig):
         self.config = config
@@ -86,7 +86,7 @@ class DqKernel:
 
     @cute.jit
     def place(self, tile_list, first_done):
-        """(number, K/V head, batch) of the CTA's tile; the heads that are complete first in front.
+        """(number, K/V head, batch) of the CTA's tile; in front the heads that are complete sooner.
 
         Of these the last ones come first, as the L2 cache may still have their sums.
         """

@@ -16,6 +16,7 @@ from .output import WARPS
 from .schedule import TileList
 
 COUNTS = 4  # numbers that `count` points to
+FINISHED = 2  # the place of the first of them that Finished has
 VECTOR = 4  # fp32 numbers that a lane moves at a time
 PAGE = 128  # zeros that a lane moves at a time
 
@@ -190,7 +191,7 @@ class Finished:
         return min(group, self.tiles.last_group)
 
     def place(self, group):
-        return count_of_group(self.counts, self.tiles, group, self.queries_per_kv).toint() + 4 * 2
+        return count_of_group(self.counts, self.tiles, group, self.queries_per_kv).toint() + 4 * FINISHED
 
     def count(self, head_kv, batch):
         """One thread: a CTA's tile of keys has been added; what other threads have added comes before, if they have met this one since."""
