@@ -27,11 +27,10 @@ from .delta import DeltaKernel
 from .dq import DqKernel
 from .parts import accumulate, barriers, tiles, wgmma
 from .parts.barriers import WARP
-from .parts.delta import DeltaAhead, DeltaRows
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, WARPS, StagedOutput
 from .parts.rounding import DTYPES, round_into, widened
-from .parts.schedule import Divisor, Schedule, TileList
+from .parts.schedule import Schedule, TileList
 from .parts.softmax import LOG2_E, exp2
 from .parts.sources import RowSource, TmaSource
 
@@ -139,16 +138,14 @@ class BackwardKernel:
         counts = accumulate.counts_of(dQ)
         query_tiles = lse_log2.shape[2] // c.tile_m
         tiles_of = Q.shape[2] * query_tiles, queries_per_kv * query_tiles
-        rows = DeltaRows(O, dO, LSE, lse_log2, delta, c.tile_m)
-        deltas = DeltaAhead(rows, counts, tile_list, ahead, queries_per_kv, Divisor(query_tiles), Divisor(Q.shape[2]), c.cluster)
-        later = 2 * ahead * head_group, max(0, tile_list.last_group - 2 * ahead) * head_group
-        DeltaKernel(c)(rows, dq_accum, turns, counts, later, queries_per_kv, stream)
+        zeroed = 2 * ahead * head_group, tile_list.last_group * head_group
+        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, zeroed, queries_per_kv, stream)
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = mQ, mdO, mK, mV, other_K, mdK, mdV
         layouts = q_layout, do_layout, k_layout, v_layout, ds_layout
         scales = softmax_scale, softmax_scale * Float32(LOG2_E)
         self.kernel(
-            copies, tensors, deltas, dq_accum, turns, scales, tile_list, counts, ahead, queries_per_kv, tiles_of, layouts
+            copies, tensors, lse_log2, delta, dq_accum, turns, scales, tile_list, counts, ahead, queries_per_kv, tiles_of, layouts
         ).launch(
             grid=[ctas * c.cluster, 1, 1],
             block=[c.threads, 1, 1],
@@ -194,7 +191,8 @@ class BackwardKernel:
         self,
         copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V, columns of other keys; store dK, dV
         tensors: tuple[cute.Tensor, ...],  # the same, as TMA sees them
-        deltas: DeltaAhead,
+        lse_log2: cute.Tensor,
+        delta: cute.Tensor,
         dq_accum: cute.Tensor,
         turns: cute.Tensor | None,
         scales: tuple[Float32, Float32],  # of the scores, and log2(e) times that
@@ -281,14 +279,15 @@ class BackwardKernel:
         first_claimed = c.deterministic and c.scheduler == "dynamic"
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster, first_claimed, ready)
         if cutlass.const_expr(c.deterministic):
-            turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, self.rank())
+            part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
+            turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, part)
         adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
         finished = accumulate.Finished(counts, tile_list, queries_per_kv, c.cluster)
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(c.registers[0])
             zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
             if warp_index == 0:
-                rings, rows = (q_ring, do_ring), (deltas, (s_lse, s_delta))
+                rings, rows = (q_ring, do_ring), ((lse_log2, delta), (s_lse, s_delta))
                 self.produce_queries(schedule, near_end, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
             elif warp_index == 1:
                 self.produce_keys(schedule, zeros, (k_ring, v_ring, other_k_ring), copies[2:5], (K, V, other_K), (sK, sV, s_other_k))
@@ -301,13 +300,13 @@ class BackwardKernel:
                     self.make_zeros(schedule, zeros)
             elif cutlass.const_expr(c.scheduler == "dynamic"):
                 if cutlass.const_expr(c.in_pairs):
-                    self.claim_together(schedule, near_end, zeros, deltas)
+                    self.claim_together(schedule, near_end, zeros)
                 else:
-                    self.claim(schedule, near_end, zeros, deltas)
+                    self.claim(schedule, near_end, zeros)
         elif c.dq_warpgroup and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
             waited_for = k_ring, other_k_ring, ds_full, ds_empty, ds_come
-            self.compute_dq(schedule, mask, waited_for, (sK, s_other_k), sdS, (adder, finished, deltas), thread % WARPGROUP, queries_per_kv, tiles_of)
+            self.compute_dq(schedule, mask, waited_for, (sK, s_other_k), sdS, (adder, finished), thread % WARPGROUP, queries_per_kv, tiles_of)
         else:
             cute.arch.setmaxregister_increase(c.registers[-1])
             outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, s_out)
@@ -374,8 +373,7 @@ class BackwardKernel:
         Towards a tile's end, but not before, it has the next one claimed.
         """
         c = self.config
-        (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO), (deltas, s_rows) = rings, copies, tensors, shared, rows
-        rows = deltas.rows.lse_log2, deltas.rows.delta
+        (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO) = rings, copies, tensors, shared
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
@@ -386,13 +384,11 @@ class BackwardKernel:
             m_first, m_stop = self.query_tiles(mask, together)
             to_come = max(m_stop - m_first, 0) * queries_per_kv
             claim_at = min(to_come, CLAIM_AHEAD)
-            if cutlass.const_expr(c.delta_ahead):
-                cute.arch.fence_proxy("async.global")  # LSE and delta were there when the tile was claimed; bulk copies read them now
             for h in cutlass.range(queries_per_kv, unroll=1):
                 head = head_kv * queries_per_kv + h
                 q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
                 do = TmaSource.of_head(do_ring, load_do, dO, sdO, head, batch)
-                q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(rows, s_rows))
+                q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(*rows))
                 for m in cutlass.range(m_first, m_stop, unroll=1):
                     if cutlass.const_expr(c.scheduler == "dynamic"):
                         if to_come == claim_at and cute.arch.lane_idx() == 0:
@@ -405,7 +401,7 @@ class BackwardKernel:
         do_ring.producer_tail(do_at)
 
     @cute.jit
-    def claim(self, schedule, near_end, zeros, deltas):
+    def claim(self, schedule, near_end, zeros):
         """One warp: claims the CTA's next tile when told, and tells the others. In deterministic mode it makes zeros, too."""
         c = self.config
         position, phase = schedule.first(), Int32(schedule.first_claimed)  # 1: waits for nothing the first time
@@ -416,8 +412,6 @@ class BackwardKernel:
         while position < schedule.tiles.length:
             cute.arch.mbarrier_wait(near_end, phase)
             position, place = schedule.claimed(schedule.claim(), position)
-            if cutlass.const_expr(c.delta_ahead):
-                deltas.await_those_of(position)
             if cutlass.const_expr(c.deterministic):
                 if position < schedule.tiles.length:
                     zeros.make(position)  # before it is told: that may wait for a turn, and so for who waits for these zeros
@@ -458,7 +452,7 @@ class BackwardKernel:
         rings[1].producer_tail(v_at)
 
     @cute.jit
-    def claim_together(self, schedule, near_end, zeros, deltas):
+    def claim_together(self, schedule, near_end, zeros):
         """One warp of each CTA of a cluster: the first one's claims the next tiles for both, the other one's makes zeros."""
         position, phase, first = schedule.first(), Int32(schedule.first_claimed), self.rank() == 0  # 1: waits for nothing the first time
         s_at = barriers.producing(SCHEDULE_STAGES)
@@ -469,8 +463,6 @@ class BackwardKernel:
             if first:
                 cute.arch.mbarrier_wait(near_end, phase)
                 position, place = schedule.claimed(schedule.claim(), position)
-                if cutlass.const_expr(self.config.delta_ahead):
-                    deltas.await_those_of(position)
                 s_at = schedule.tell(position, place, s_at)
             elif cutlass.const_expr(schedule.first_claimed):
                 position, s_at = schedule.be_told(s_at)
@@ -498,6 +490,24 @@ class BackwardKernel:
                     self.send(own, at.index, ds_come, rank)
                 at.advance()
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
+
+    @cute.jit
+    def send_ahead(self, own, ds_at, more, barriers_of_ds, turns, thread):
+        """While it isn't this CTA's turn to add, one thread sends the next step's dS, if there is more in this tile and it is ready.
+        Returns whether it did.
+        """
+        ds_full, ds_come = barriers_of_ds
+        following, sent = ds_at.clone(), Boolean(False)
+        following.advance()
+        if thread == 0:
+            waits = Boolean(True)
+            while waits:
+                waits = not cute.arch.mbarrier_test_wait(turns.granted, ds_at.index)
+                if more and not sent:
+                    if cute.arch.mbarrier_test_wait(ds_full + following.index, following.phase):
+                        self.send(own, following.index, ds_come, self.rank())
+                        sent = Boolean(True)
+        return sent
 
     def ds_of(self, sdS, rank):
         """dS of a cluster's CTA, in both buffers."""
@@ -659,7 +669,7 @@ class BackwardKernel:
     def compute_dq(self, schedule, mask, waited_for, keys, sdS, adding, thread, queries_per_kv, tiles_of):
         """One warpgroup: what each tile of keys that the CTA gets adds to dQ, half a tile of dQ at a time."""
         c = self.config
-        (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come), (adder, finished, deltas) = keys, waited_for, adding
+        (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come), (adder, finished) = keys, waited_for, adding
         memory = warpgroup.OperandSource.SMEM
         if cutlass.const_expr(c.dq_by_rows):  # dQ = dS K, 64 queries each
             op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, memory)
@@ -680,11 +690,8 @@ class BackwardKernel:
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         n, head_kv, batch = tile
         k_at, ds_at = barriers.consuming(c.k_stages), barriers.consuming(c.ds_buffers)
-        if cutlass.const_expr(c.delta_ahead):
-            cute.arch.griddepcontrol_wait()
+        sent = Boolean(False)  # whether the next step's dS is on its way to the cluster's other CTA
         while position < schedule.tiles.length:
-            if cutlass.const_expr(c.delta_ahead):
-                deltas.make(position, self.rank(), thread, DQ_BARRIER)  # there is time until the tile's first dS
             m_first, m_stop = self.query_tiles(mask, n)
             place = batch * tiles_of[0] + head_kv * tiles_of[1]
             k_ring.consumer_wait(k_at)
@@ -698,7 +705,7 @@ class BackwardKernel:
                     operands = [(a[None, None, None, a_stage], b[None, None, None, b_stage]) for a, b in zip(A, B)]
                     if cutlass.const_expr(c.in_pairs):
                         if cutlass.const_expr(c.deterministic):  # where a warp keeps the turns, in place of the one that sends
-                            if thread == 0:
+                            if thread == 0 and not sent:
                                 self.send(columns[0], ds_at.index, ds_come, rank)
                         wgmma.issue(op, dQ, *operands[0], accumulate=False)
                         wgmma.wait(0)
@@ -710,6 +717,9 @@ class BackwardKernel:
                         if cute.arch.lane_idx() == 0:
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index, 1 - rank)
+                        if cutlass.const_expr(c.deterministic):
+                            more = m + 1 < m_stop or h + 1 < queries_per_kv
+                            sent = self.send_ahead(columns[0], ds_at, more, (ds_full, ds_come), adder.turns, thread)
                         adder.add(dQ, place, ds_at.index, rank, thread)
                     else:
                         for half in cutlass.range_constexpr(2):

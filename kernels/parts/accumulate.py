@@ -15,8 +15,8 @@ from .barriers import WARP
 from .output import WARPS
 from .schedule import TileList
 
-COUNTS = 5  # numbers that `count` points to, of which these places have the last ones
-FINISHED, DELTAS = 2, 4
+COUNTS = 4  # numbers that `count` points to
+FINISHED = 2  # the place of the first of them that Finished has
 VECTOR = 4  # fp32 numbers that a lane moves at a time
 PAGE = 128  # zeros that a lane moves at a time
 
@@ -46,8 +46,8 @@ def counts_of(dQ):
 
 def count(counts, head, batch):
     """A pointer to a head's, in that order: how many have made zeros for its group of heads, where it is the first of that; how many tiles
-    of keys are claimed, where it is the first of all; and of its group, how many CTAs have added all that a tile of keys adds, how many of
-    DqKernel know that all have, and how many have made LSE and delta for its queries.
+    of keys are claimed, where it is the first of all; and of its group, how many CTAs have added all that a tile of keys adds, and how many
+    of DqKernel know that all have.
     """
     return cute.recast_ptr(counts[None, batch].iterator + Int64(head) * counts.stride[0], dtype=Int32)
 
@@ -84,7 +84,7 @@ class Zeros:
         t = self.tiles
         group, part = t.in_group(position)
         group += self.ahead
-        if made_by_ctas(t, self.ahead, group):
+        if self.by_ctas(group):
             of_head = self.queries_per_kv * (self.sums.shape[2] // PAGE)
             pages = of_head * t.group_heads.divisor
             of_part = cute.ceil_div(pages, t.group_tiles.divisor)
@@ -101,12 +101,16 @@ class Zeros:
     @cute.jit
     def await_those_of(self, position):
         """A warp: waits until what a tile of keys adds can be added."""
-        t = self.tiles
-        group, _ = t.in_group(position)
-        if made_by_ctas(t, self.ahead, group):
+        group, _ = self.tiles.in_group(position)
+        if self.by_ctas(group):
             if cute.arch.lane_idx() == 0:
-                await_count(self.count_of(group), t.group_tiles.divisor)
+                await_count(self.count_of(group), self.tiles.group_tiles.divisor)
             cute.arch.sync_warp()
+
+    @cute.jit
+    def by_ctas(self, group):
+        """Whether CTAs make the zeros of a group, and not DeltaKernel."""
+        return group >= 2 * self.ahead and group < self.tiles.last_group
 
     def count_of(self, group):
         return count_of_group(self.counts, self.tiles, group, self.queries_per_kv).toint()
@@ -205,12 +209,6 @@ class Finished:
             "atom.acq_rel.gpu.global.add.s32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[place + 4]
         )
         return Int32(before + 1 == heads * query_tiles)
-
-
-@cute.jit
-def made_by_ctas(tiles, ahead, group):
-    """Whether what a group of heads needs first is made by CTAs that have tiles of earlier ones, and not by DeltaKernel."""
-    return group >= 2 * ahead and group < tiles.last_group
 
 
 def count_of_group(counts, tiles, group, queries_per_kv):
