@@ -1,9 +1,10 @@
 """python -m perf: the command line, and nothing else."""
 
 import argparse
+import math
 import sys
 
-from perf import PerfError, peers, suites
+from perf import PerfError, peers, suites, timing
 
 
 def words(text):
@@ -30,6 +31,16 @@ def count(text):
     return int(text)
 
 
+def milliseconds(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of milliseconds, got {text!r}")
+    return value
+
+
 def parser():
     top = argparse.ArgumentParser(prog="python -m perf", description="Measures this project beside its peers on a Hopper GPU.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -47,6 +58,10 @@ def parser():
     run.add_argument("--causal", action=argparse.BooleanOptionalAction, help="only causal points, or only the others")
     run.add_argument("--seqlen", type=integers, metavar="S,...", help="only these lengths of q")
     run.add_argument("--rounds", type=count, default=5, metavar="N", help="rounds at each point; default: 5")
+    run.add_argument(
+        "--burst-ms", type=milliseconds, default=timing.BURST_MS, metavar="MS",
+        help=f"a turn's length; in short ones all meet nearly the same clock; default: {timing.BURST_MS:g}",
+    )  # fmt: skip
     run.add_argument("--out", metavar="FILE", help="default: perf/results/DATE-SUITE-DIRECTION-GPU.json; nothing is overwritten")
     run.add_argument("--commit", metavar="HASH", help="the commit measured, where the tree was copied")
     run.add_argument(
@@ -100,6 +115,7 @@ def dispatch(options):
         filters=filters,
         providers=[*peers.providers(options.providers), *map(peers.OtherCommit, options.against)],
         rounds=options.rounds,
+        burst_ms=options.burst_ms,
         out=options.out,
         commit=options.commit,
         console=console,

@@ -25,13 +25,13 @@ class DeviceLost(Exception):
     """A provider's kernel failed in a way that takes every later CUDA call of the process with it."""
 
 
-def run(*, suite, filters, providers, rounds, out=None, commit=None, console):
+def run(*, suite, filters, providers, rounds, burst_ms=timing.BURST_MS, out=None, commit=None, console):
     """Measures, writes the result file, prints the table; returns the exit code."""
     points = suites.select(suite, **filters)
     require_hopper()
     import torch
 
-    header = new_run(suite, points, providers, rounds, commit)
+    header = new_run(suite, points, providers, rounds, commit, burst_ms)
     present = [provider for provider in providers if provider.name not in {left["provider"] for left in header["left_out"]}]
     for left in header["left_out"]:
         plain(console, f"left out: {left['provider']}: {left['reason']}")
@@ -58,7 +58,7 @@ def require_hopper():
         )
 
 
-def new_run(suite, points, providers, rounds, commit):
+def new_run(suite, points, providers, rounds, commit, burst_ms=timing.BURST_MS):
     """The result file's contents before the first measurement; providers that are missing stand in left_out."""
     missing = {provider.name: provider.available() for provider in providers}
     return {
@@ -72,8 +72,8 @@ def new_run(suite, points, providers, rounds, commit):
         "source": results.source(commit),
         "protocol": {
             "rounds": rounds,
-            "burst_ms": timing.BURST_MS,
-            "warmup_ms": timing.WARMUP_MS,
+            "burst_ms": burst_ms,
+            "warmup_ms": timing.WARMUP * burst_ms,
             "min_launches": timing.MIN_LAUNCHES,
             "max_launches": timing.MAX_LAUNCHES,
             "queued_kernels": timing.QUEUED_KERNELS,
@@ -105,16 +105,19 @@ class Bench:
         self.device = device
         self.console = console
         self.rounds = data["protocol"]["rounds"]
+        self.burst_ms = data["protocol"]["burst_ms"]
         self.rng = random.Random(data["protocol"]["seed"])
         self.told = set()  # (provider, reason) already printed
         self.gemms = {}  # dtype: Gemm
 
     def measure(self, points):
         """Measures every point. Whatever stops it, what was measured before is in the file."""
-        measure_point = self.host_and_graph if self.data["suite"] == "host" else self.kernel
+        host = self.data["suite"] == "host"
+        measure_group = self.host_and_graph if host else self.kernel
+        groups = [[point] for point in points] if host else suites.apart_in_dtype(points)
         try:
-            for point in progress(points, self.console):
-                measure_point(point)
+            for group in progress(groups, self.console):
+                measure_group(*group)
                 self.device.release()
                 results.write(self.path, self.data)
             self.data["complete"] = True
@@ -123,16 +126,26 @@ class Bench:
         finally:
             results.write(self.path, self.data)
 
-    def kernel(self, point):
-        if point.dtype not in self.gemms:
-            self.gemms[point.dtype] = Gemm(self.device, point.dtype)
-        gemm = self.gemms[point.dtype]
-        runnables, entries = self.prepare(point)
-        with_gemm = {GEMM: gemm.runnable, **runnables}
-        timed = timing.gpu_times(with_gemm, self.device, self.rounds, self.rng, self.failed_at(point))
-        if GEMM in timed:
-            self.data[results.gemm_key(point.dtype)] = gemm.take_in(*timed.pop(GEMM))
-        self.keep("kernel", point, timed, entries, point.flops())
+    def kernel(self, *points):
+        """Points that differ in dtype alone take turns too, so that their ratio is of the same clocks and temperatures."""
+        runnables, entries = {}, {}
+        for point in points:
+            if point.dtype not in self.gemms:
+                self.gemms[point.dtype] = Gemm(self.device, point.dtype)
+            calls, entries[point] = self.prepare(point)
+            calls = {GEMM: self.gemms[point.dtype].runnable, **calls}
+            runnables |= {(point, name): call for name, call in calls.items()}
+
+        def failed(at, error):
+            point, name = at
+            self.failed_at(point)(name, error)
+
+        timed = timing.gpu_times(runnables, self.device, self.rounds, self.rng, failed, burst_ms=self.burst_ms)
+        for point in points:
+            of_point = {name: taken for (at, name), taken in timed.items() if at == point}
+            if GEMM in of_point:
+                self.data[results.gemm_key(point.dtype)] = self.gemms[point.dtype].take_in(*of_point.pop(GEMM))
+            self.keep("kernel", point, of_point, entries[point], point.flops())
 
     def host_and_graph(self, point):
         runnables, entries = self.prepare(point)
@@ -149,7 +162,7 @@ class Bench:
                     replays[name] = Runnable(self.device.capture(runnable.call, timing.CALLS_PER_GRAPH), nullcontext)
             except Exception as error:
                 failed(name, error)
-        timed = timing.gpu_times(replays, self.device, self.rounds, self.rng, failed, timing.CALLS_PER_GRAPH)
+        timed = timing.gpu_times(replays, self.device, self.rounds, self.rng, failed, timing.CALLS_PER_GRAPH, self.burst_ms)
         self.keep("graph", point, timed, entries)
 
     def prepare(self, point):
@@ -244,25 +257,28 @@ class Gemm:
         }
 
 
-def progress(points, console):
-    """Yields the points behind a progress bar; where the output isn't a terminal, a line after every tenth."""
+def progress(groups, console):
+    """Yields groups of points behind a progress bar; where the output isn't a terminal, a line after every tenth of the points."""
+    total = sum(map(len, groups))
     if console.is_terminal:
         columns = (
             TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("", total=len(points))
-            for point in points:
-                bar.update(task, description=point.label())
-                yield point
-                bar.advance(task)
+            task = bar.add_task("", total=total)
+            for group in groups:
+                bar.update(task, description=group[0].label())
+                yield group
+                bar.advance(task, len(group))
         return
     began = time.monotonic()
-    step = math.ceil(len(points) / 10)
-    for number, point in enumerate(points, 1):
-        yield point
-        if number % step == 0 or number == len(points):
-            plain(console, f"{number}/{len(points)} points, {time.monotonic() - began:.0f} s")
+    step = math.ceil(total / 10)
+    done = 0
+    for group in groups:
+        yield group
+        tenths, done = done // step, done + len(group)
+        if done // step > tenths or done == total:
+            plain(console, f"{done}/{total} points, {time.monotonic() - began:.0f} s")
 
 
 def finish(data, path, console):

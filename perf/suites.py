@@ -164,3 +164,11 @@ def select(suite, *, head_dims=None, causal=None, seqlens=None, dtypes=("bf16",)
     if not points:
         raise PerfError(f"no point of suite {suite} passes these filters together")
     return [dataclasses.replace(point, dtype=dtype, direction=direction) for dtype in dtypes for point in points]
+
+
+def apart_in_dtype(points):
+    """The points in groups that differ in dtype alone; groups and points in the order in which they come."""
+    groups = {}
+    for point in points:
+        groups.setdefault(dataclasses.replace(point, dtype="bf16"), []).append(point)
+    return list(groups.values())

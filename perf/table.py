@@ -88,6 +88,7 @@ class Sheet:
         self.data = data
         marks = targets() if measure == "kernel" else {}
         by_point = {results.point_of(record): record["results"] for record in records}
+        by_point = dict(sorted(by_point.items(), key=lambda item: item[0].dtype))  # dtypes took turns, rows of one stand together
         self.rows = [(point, measured, ratios(point, measured, marks)) for point, measured in by_point.items()]
         for point, measured, found in self.rows:
             base = by_point.get(suites.held_against(point), {})

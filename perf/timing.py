@@ -2,9 +2,11 @@
 
 Protocol. Every provider runs on the same tensors, fresh from a normal distribution at every point. In each round the
 providers run one after the other in a random order; a turn is a short warm-up and then a burst of launches between two
-CUDA events, as many as fill BURST_MS. A sample is the burst's time over its launches; what is reported is the median
+CUDA events, as many as fill burst_ms. A sample is the burst's time over its launches; what is reported is the median
 over the rounds, with the spread (largest - smallest) / median.
 So every provider meets the same clock and temperature, which on a power-limited chip decide the rate. A GEMM takes turns too.
+In turns of BURST_MS, a provider that takes less power comes to a higher clock of its own; in shorter ones (8 ms) the clock is
+nearly the same for all, and ratios spread by a percent in place of ten.
 
 L2 isn't flushed between launches: at the paper's sizes q, k, v and the output are 268 MB, several times the L2
 (60 MB on an H200). Where a point's tensors do fit (its `tensor_bytes` are in the results), all providers run L2-warm.
@@ -23,7 +25,7 @@ from typing import Callable, NamedTuple
 from perf.peers import Tensors
 
 BURST_MS = 25.0
-WARMUP_MS = 20.0
+WARMUP = 0.8  # of the burst's length
 MIN_LAUNCHES = 3
 MAX_LAUNCHES = 500
 QUEUED_KERNELS = 1000  # CUDA queues 1024 at most: who enqueues one more waits until another is done
@@ -138,7 +140,7 @@ class CudaDevice:
         self.torch.cuda.empty_cache()
 
 
-def plan_turn(runnable, device):
+def plan_turn(runnable, device, burst_ms=BURST_MS):
     """How many launches fill a burst, from a first look at the runnable's GPU and host time."""
     with runnable.context():
         first = device.burst(runnable.call, 1, head_start_ms=ESTIMATE_MS)
@@ -146,8 +148,8 @@ def plan_turn(runnable, device):
         look = device.burst(runnable.call, launches, head_start_ms=ESTIMATE_MS)
     gpu_ms = max(look.gpu_ms / launches, 1e-3)
     host_ms = look.host_ms / launches
-    launches = min(MAX_LAUNCHES, max(MIN_LAUNCHES, round(BURST_MS / gpu_ms)))
-    warmup = min(MAX_LAUNCHES, max(1, round(WARMUP_MS / gpu_ms)))
+    launches = min(MAX_LAUNCHES, max(MIN_LAUNCHES, round(burst_ms / gpu_ms)))
+    warmup = min(MAX_LAUNCHES, max(1, round(WARMUP * burst_ms / gpu_ms)))
     behind_ms = host_ms * HOST_MARGIN - gpu_ms
     if behind_ms <= 0:
         return Turn(launches, warmup, 0.0)
@@ -174,12 +176,12 @@ def take_turns(names, rounds, rng, turn, failed):
     return samples
 
 
-def gpu_times(runnables, device, rounds, rng, failed, per_launch=1):
+def gpu_times(runnables, device, rounds, rng, failed, per_launch=1, burst_ms=BURST_MS):
     """{name: (samples in ms, launches a sample)}, each sample a burst's GPU time over launches * per_launch calls."""
     turns = {}
     for name, runnable in runnables.items():
         try:
-            turns[name] = plan_turn(runnable, device)
+            turns[name] = plan_turn(runnable, device, burst_ms)
         except Exception as error:
             failed(name, error)
 

@@ -211,7 +211,7 @@ def empty_run(suite="paper", rounds=5, dtypes=("bf16",)):
         "machine": {"gpu": "NVIDIA H200", "sms": 132},
         "versions": {"torch": "2.11.0"},
         "source": {"commit": "0123456789abcdef", "dirty": False},
-        "protocol": {"rounds": rounds, "seed": 7, "dtypes": list(dtypes)},
+        "protocol": {"rounds": rounds, "burst_ms": 25.0, "seed": 7, "dtypes": list(dtypes)},
         "left_out": [],
         "gemm": None,
         "records": [],
@@ -231,6 +231,13 @@ def bench(tmp_path, providers, device=None, suite="paper", points=(SQUARE, CAUSA
 def test_a_burst_is_as_long_for_everyone(gpu_ms, launches, warmup):
     turn = timing.plan_turn(timing.Runnable(Call(gpu_ms, 0.0001), nullcontext), FakeDevice())
     assert turn == (launches, warmup, 0.0)
+
+
+def test_a_shorter_burst_has_a_shorter_warm_up():
+    runnable = timing.Runnable(Call(0.5, 0.0001), nullcontext)
+    assert timing.plan_turn(runnable, FakeDevice(), burst_ms=10.0) == (20, 16, 0.0)
+    times = timing.gpu_times({"fa3": runnable}, FakeDevice(), 3, random.Random(0), None, burst_ms=10.0)
+    assert times == {"fa3": ([0.5] * 3, 20)}
 
 
 def test_a_head_start_covers_a_slow_host():
@@ -338,6 +345,23 @@ def test_who_fails_takes_no_further_turn():
     samples = timing.take_turns(["a", "b"], 5, random.Random(1), turn, lambda name, error: failures.append((name, str(error))))
     assert samples == {"a": [1.0] * 5}
     assert calls == {"a": 5, "b": 3} and failures == [("b", "broke")]
+
+
+def test_dtypes_of_a_problem_take_turns(tmp_path):
+    """In every round all of a problem's calls come before the next round's, whichever dtype they are of."""
+    other = dataclasses.replace(SQUARE, seqlen_q=2 * SQUARE.seqlen_q, seqlen_k=2 * SQUARE.seqlen_k)
+    points = [dataclasses.replace(point, dtype=dtype) for dtype in ("bf16", "fp16") for point in (SQUARE, other)]
+    gpu_ms = {point: 0.5 + 0.25 * number for number, point in enumerate(points)}
+    device = FakeDevice()
+    data, _ = bench(tmp_path, [Fake("fa3", lambda p: Call(gpu_ms[p]))], points=points, device=device)
+    turns = [call.gpu_ms for call, _, warmup, _ in device.bursts if warmup]
+    together = [{0.5, 1.0, 1.5, 1.6}, {0.75, 1.25, 1.5, 1.6}]  # with the GEMMs of both dtypes
+    rounds = len(turns) // 8
+    assert [set(turns[i : i + 4]) for i in range(0, len(turns), 4)] == [each for each in together for _ in range(rounds)]
+    for point, measured in results.by_problem(data).items():
+        assert measured["fa3"]["median_ms"] == pytest.approx(gpu_ms[point[1]])
+    lines = [line.split()[0] for line in shown(data).splitlines() if line.startswith((" bf16", " fp16"))]
+    assert lines == ["bf16"] * 2 + ["fp16"] * 2
 
 
 def test_fp16_points_meet_an_fp16_gemm(tmp_path):
@@ -896,6 +920,8 @@ def test_run_on_another_gpu(monkeypatch, capsys):
         (["--head-dim", "100"], "no [100]"),
         (["--dtype", "fp8"], "bf16, fp16"),
         (["--rounds", "0"], "positive integer"),
+        (["--burst-ms", "0"], "positive number of milliseconds"),
+        (["--burst-ms", "nan"], "positive number of milliseconds"),
         (["--direction", "both"], "invalid choice"),
         (["--seqlen", "1k"], "integers"),
     ],
@@ -948,13 +974,14 @@ def test_a_run_of_a_direction(monkeypatch, tmp_path, direction):
         return Call(0.5, output=(1.0, 1.0, 1.0))
 
     monkeypatch.setitem(peers.PROVIDERS, "fa3", Fake("fa3", make))
-    assert main(["run", "--direction", direction, "--providers", "fa3", "--head-dim", "128", "--rounds", "2"]) == 0
+    assert main(["run", "--direction", direction, "--providers", "fa3", "--head-dim", "128", "--rounds", "2", "--burst-ms", "8"]) == 0
     assert grad_enabled == [direction == "bwd"] * 12
     [path] = tmp_path.iterdir()
     data = results.read(path)
     assert f"-paper-{direction}-h200" in path.name and data["direction"] == direction
     assert {point.direction for _, point in results.by_problem(data)} == {direction}
     assert data["protocol"]["kernels_per_call"] == {"fwd": 2, "bwd": 8}[direction]
+    assert (data["protocol"]["burst_ms"], data["protocol"]["warmup_ms"]) == (8.0, pytest.approx(6.4))
 
 
 def test_a_given_commit_is_believed_over_the_copys_own_history(monkeypatch):
