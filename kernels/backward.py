@@ -279,8 +279,7 @@ class BackwardKernel:
         first_claimed = c.deterministic and c.scheduler == "dynamic"
         schedule = Schedule(c.scheduler, tile_list, schedule_ring, slots, claims, c.cluster, first_claimed, ready)
         if cutlass.const_expr(c.deterministic):
-            part = cute.arch.make_warp_uniform(cute.arch.block_idx()[0] % c.cluster)
-            turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, part)
+            turns = accumulate.Turns(turns, turn_barriers, turn_barriers + 1, c.cluster, self.rank())
         adder = accumulate.Adder(dq_accum, turns, c.tile_m * c.head_dim, c.accumulator_size)
         finished = accumulate.Finished(counts, tile_list, queries_per_kv, c.cluster)
         if warpgroup_index == 0:
@@ -491,24 +490,6 @@ class BackwardKernel:
                 at.advance()
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
 
-    @cute.jit
-    def send_ahead(self, own, ds_at, more, barriers_of_ds, turns, thread):
-        """While it isn't this CTA's turn to add, one thread sends the next step's dS, if there is more in this tile and it is ready.
-        Returns whether it did.
-        """
-        ds_full, ds_come = barriers_of_ds
-        following, sent = ds_at.clone(), Boolean(False)
-        following.advance()
-        if thread == 0:
-            waits = Boolean(True)
-            while waits:
-                waits = not cute.arch.mbarrier_test_wait(turns.granted, ds_at.index)
-                if more and not sent:
-                    if cute.arch.mbarrier_test_wait(ds_full + following.index, following.phase):
-                        self.send(own, following.index, ds_come, self.rank())
-                        sent = Boolean(True)
-        return sent
-
     def ds_of(self, sdS, rank):
         """dS of a cluster's CTA, in both buffers."""
         c = self.config
@@ -690,7 +671,6 @@ class BackwardKernel:
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         n, head_kv, batch = tile
         k_at, ds_at = barriers.consuming(c.k_stages), barriers.consuming(c.ds_buffers)
-        sent = Boolean(False)  # whether the next step's dS is on its way to the cluster's other CTA
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, n)
             place = batch * tiles_of[0] + head_kv * tiles_of[1]
@@ -705,7 +685,7 @@ class BackwardKernel:
                     operands = [(a[None, None, None, a_stage], b[None, None, None, b_stage]) for a, b in zip(A, B)]
                     if cutlass.const_expr(c.in_pairs):
                         if cutlass.const_expr(c.deterministic):  # where a warp keeps the turns, in place of the one that sends
-                            if thread == 0 and not sent:
+                            if thread == 0:
                                 self.send(columns[0], ds_at.index, ds_come, rank)
                         wgmma.issue(op, dQ, *operands[0], accumulate=False)
                         wgmma.wait(0)
@@ -717,9 +697,6 @@ class BackwardKernel:
                         if cute.arch.lane_idx() == 0:
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index, 1 - rank)
-                        if cutlass.const_expr(c.deterministic):
-                            more = m + 1 < m_stop or h + 1 < queries_per_kv
-                            sent = self.send_ahead(columns[0], ds_at, more, (ds_full, ds_come), adder.turns, thread)
                         adder.add(dQ, place, ds_at.index, rank, thread)
                     else:
                         for half in cutlass.range_constexpr(2):
