@@ -258,7 +258,7 @@ class BackwardKernel:
                 cute.arch.mbarrier_init(p_full, WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
                 cute.arch.mbarrier_init(turn_barriers, 1)
-                cute.arch.mbarrier_init(turn_barriers + 1, WARPS if c.in_pairs else 2 * WARPS)
+                cute.arch.mbarrier_init(turn_barriers + 1, c.dq_parts // c.cluster * WARPS)
                 if cutlass.const_expr(c.in_pairs):
                     for i in cutlass.range_constexpr(SCHEDULE_STAGES):
                         cute.arch.mbarrier_init(ready + i, 1)
@@ -648,11 +648,15 @@ class BackwardKernel:
 
     @cute.jit
     def compute_dq(self, schedule, mask, waited_for, keys, sdS, adding, thread, queries_per_kv, tiles_of):
-        """One warpgroup: what each tile of keys that the CTA gets adds to dQ, half a tile of dQ at a time."""
+        """One warpgroup: what each tile of keys that the CTA gets adds to dQ, a part of a tile of dQ at a time."""
         c = self.config
         (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come), (adder, finished) = keys, waited_for, adding
-        memory = warpgroup.OperandSource.SMEM
-        if cutlass.const_expr(c.dq_by_rows):  # dQ = dS K, 64 queries each
+        memory, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
+        if cutlass.const_expr(c.k_in_registers):  # dQᵀ = Kᵀ dSᵀ, 32 queries each
+            op = wgmma.operation(self.dtype, c.dq_part[0], OperandMajorMode.K, registers)
+            last_op = wgmma.operation(self.dtype, c.dq_part[0], OperandMajorMode.K, memory, OperandMajorMode.MN)
+            rows, columns = tiles.transposed(sK), sdS
+        elif cutlass.const_expr(c.dq_by_rows):  # dQ = dS K, 64 queries each
             op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, memory)
             rows, columns = sdS, tiles.transposed(sK)
         else:  # dQᵀ = Kᵀ dSᵀ, 64 of head_dim each
@@ -663,26 +667,40 @@ class BackwardKernel:
             rank = self.rank()
             rows = [self.own_rows(rows, rank), tiles.transposed(s_other_k)]
             columns = [self.ds_of(sdS, r) for r in (rank, 1 - rank)]
+        elif cutlass.const_expr(c.k_in_registers):
+            columns = [cute.local_tile(sdS, (c.dq_part[0], *sdS.shape[1:]), (part, 0, 0)) for part in range(c.dq_parts)]
         else:
             rows, columns = [self.own_rows(rows, half) for half in range(2)], [columns] * 2
-        A = [mma.make_fragment_A(mma.get_slice(0).partition_A(x)) for x in rows]
+        if cutlass.const_expr(c.k_in_registers):
+            Kt = cute.make_rmem_tensor(mma.partition_shape_A((c.head_dim, c.keys_in_registers)), self.dtype)
+            last_mma = cute.make_tiled_mma(last_op)
+            A = [last_mma.make_fragment_A(last_mma.get_slice(0).partition_A(rows))]
+        else:
+            A = [mma.make_fragment_A(mma.get_slice(0).partition_A(x)) for x in rows]
         B = [mma.make_fragment_B(mma.get_slice(0).partition_B(x)) for x in columns]
-        dQ = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, c.head_dim if c.dq_by_rows else c.tile_m)), Float32)
-        position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        dQ = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, c.dq_part[0 if not c.dq_by_rows else 1])), Float32)
+        position, tile, _ = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         n, head_kv, batch = tile
-        k_at, ds_at = barriers.consuming(c.k_stages), barriers.consuming(c.ds_buffers)
+        turn, ds_at = Int32(0), barriers.consuming(c.ds_buffers)
         while position < schedule.tiles.length:
+            k_at = barriers.at_turn(c.k_stages, turn)
             m_first, m_stop = self.query_tiles(mask, n)
-            place = batch * tiles_of[0] + head_kv * tiles_of[1]
+            part = self.rank() if c.in_pairs else 0
+            place = adder.place(batch * tiles_of[0] + head_kv * tiles_of[1], part, thread)
             k_ring.consumer_wait(k_at)
             if cutlass.const_expr(c.in_pairs):
                 other_k_ring.consumer_wait(k_at)
+            elif cutlass.const_expr(c.k_in_registers):
+                wgmma.load_operand(op, Kt, self.kept(sK, k_at.index), thread, transposed=True)
             for h in cutlass.range(queries_per_kv, unroll=1):
-                place += m_first
+                place += Int64(m_first) * adder.tile_bytes
                 for m in cutlass.range(m_first, m_stop, unroll=1):
                     cute.arch.mbarrier_wait(ds_full + ds_at.index, ds_at.phase)
-                    a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
-                    operands = [(a[None, None, None, a_stage], b[None, None, None, b_stage]) for a, b in zip(A, B)]
+                    if cutlass.const_expr(c.k_in_registers):
+                        operands = [(Kt, b[None, None, None, ds_at.index]) for b in B]
+                    else:
+                        a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
+                        operands = [(a[None, None, None, a_stage], b[None, None, None, b_stage]) for a, b in zip(A, B)]
                     if cutlass.const_expr(c.in_pairs):
                         if cutlass.const_expr(c.deterministic):  # where a warp keeps the turns, in place of the one that sends
                             if thread == 0:
@@ -697,21 +715,26 @@ class BackwardKernel:
                         if cute.arch.lane_idx() == 0:
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index, 1 - rank)
-                        adder.add(dQ, place, ds_at.index, rank, thread)
+                        adder.add(dQ, place, ds_at.index)
                     else:
-                        for half in cutlass.range_constexpr(2):
-                            if self.hides(mask, n, m, 1):
-                                wgmma.issue(op, dQ, *operands[half], accumulate=False, k=ROWS)
+                        for part in cutlass.range_constexpr(len(operands)):
+                            if cutlass.const_expr(c.k_in_registers):
+                                wgmma.issue(op, dQ, *operands[part], accumulate=False)
+                                last = A[0][None, None, None, k_at.index], operands[part][1]
+                                wgmma.issue(last_op, dQ, *last, accumulate=True, skip=c.keys_in_registers)
+                                wgmma.wait(0)
+                            elif self.hides(mask, n, m, 1):
+                                wgmma.issue(op, dQ, *operands[part], accumulate=False, k=ROWS)
                                 wgmma.wait(0)
                             else:
-                                wgmma.issue(op, dQ, *operands[half], accumulate=False)
+                                wgmma.issue(op, dQ, *operands[part], accumulate=False)
                                 wgmma.wait(0)
-                            if cutlass.const_expr(half == 1):
+                            if cutlass.const_expr(part == len(operands) - 1):
                                 if cute.arch.lane_idx() == 0:
                                     cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
-                            adder.add(dQ, place, ds_at.index, half, thread)
+                            adder.add(dQ, place, ds_at.index, part)
                     ds_at.advance()
-                    place += 1
+                    place += adder.tile_bytes
             if cutlass.const_expr(c.in_pairs):
                 other_k_ring.consumer_release(k_at)
             else:
@@ -720,8 +743,13 @@ class BackwardKernel:
                 cute.arch.barrier(barrier_id=DQ_BARRIER, number_of_threads=WARPGROUP)
                 if thread == 0:
                     finished.count(head_kv, batch)
-            k_at.advance()
-            position, (n, head_kv, batch), s_at = schedule.hear(position, s_at)
+            position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn + int(schedule.first_claimed)))
+            turn += 1
+
+    def kept(self, sK, stage):
+        """(head_dim, keys) of K in shared memory: of the keys that dQ's warpgroup has in registers."""
+        c = self.config
+        return cute.local_tile(tiles.transposed(sK)[None, None, stage], (c.head_dim, c.keys_in_registers), (0, 0))
 
     @cute.jit
     def write(self, t: Consumer, tile, outputs, softmax_scale):
