@@ -27,10 +27,11 @@ from .delta import DeltaKernel
 from .dq import DqKernel
 from .parts import accumulate, barriers, tiles, wgmma
 from .parts.barriers import WARP
+from .parts.delta import DeltaAhead, DeltaRows
 from .parts.mask import RightMask
 from .parts.output import WARP_ROWS, WARPS, StagedOutput, publish
 from .parts.rounding import DTYPES, round_into, widened
-from .parts.schedule import Schedule, TileList
+from .parts.schedule import Divisor, Schedule, TileList
 from .parts.softmax import LOG2_E, exp2
 from .parts.sources import RowSource, TmaSource
 
@@ -138,14 +139,21 @@ class BackwardKernel:
         counts = accumulate.counts_of(dQ)
         query_tiles = lse_log2.shape[2] // c.tile_m
         tiles_of = Q.shape[2] * query_tiles, queries_per_kv * query_tiles
+        rows = DeltaRows(O, dO, LSE, lse_log2, delta, c.tile_m)
+        first_later = 2 * ahead
+        if cutlass.const_expr(c.delta_ahead):  # a warp isn't done in time where tiles are short
+            enough = 16 if c.mask == "causal" else 8
+            first_later = first_later if key_tiles >= enough else tile_list.last_group
+        deltas = DeltaAhead(rows, counts, tile_list, ahead, first_later, queries_per_kv, Divisor(lse_log2.shape[2] // WARP), Divisor(Q.shape[2]))
         zeroed = 2 * ahead * head_group, tile_list.last_group * head_group
-        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, zeroed, queries_per_kv, stream)
+        later = first_later * head_group, max(0, tile_list.last_group - first_later) * head_group
+        DeltaKernel(c)(rows, dq_accum, turns, counts, zeroed, later, queries_per_kv, stream)
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = mQ, mdO, mK, mV, other_K, mdK, mdV
         layouts = q_layout, do_layout, k_layout, v_layout, ds_layout
         scales = softmax_scale, softmax_scale * Float32(LOG2_E)
         self.kernel(
-            copies, tensors, lse_log2, delta, dq_accum, turns, scales, tile_list, counts, ahead, queries_per_kv, tiles_of, layouts
+            copies, tensors, deltas, dq_accum, turns, scales, tile_list, counts, ahead, queries_per_kv, tiles_of, layouts
         ).launch(
             grid=[ctas * c.cluster, 1, 1],
             block=[c.threads, 1, 1],
@@ -191,8 +199,7 @@ class BackwardKernel:
         self,
         copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V, columns of other keys; store dK, dV
         tensors: tuple[cute.Tensor, ...],  # the same, as TMA sees them
-        lse_log2: cute.Tensor,
-        delta: cute.Tensor,
+        deltas: DeltaAhead,
         dq_accum: cute.Tensor,
         turns: cute.Tensor | None,
         scales: tuple[Float32, Float32],  # of the scores, and log2(e) times that
@@ -286,7 +293,7 @@ class BackwardKernel:
             cute.arch.setmaxregister_decrease(c.registers[0])
             zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
             if warp_index == 0:
-                rings, rows = (q_ring, do_ring), ((lse_log2, delta), (s_lse, s_delta))
+                rings, rows = (q_ring, do_ring), (deltas, (s_lse, s_delta))
                 self.produce_queries(schedule, near_end, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
             elif warp_index == 1:
                 self.produce_keys(schedule, zeros, (k_ring, v_ring, other_k_ring), copies[2:5], (K, V, other_K), (sK, sV, s_other_k))
@@ -296,12 +303,12 @@ class BackwardKernel:
                 elif cutlass.const_expr(c.in_pairs):
                     self.send_ds(schedule, mask, (ds_full, ds_come), sdS, queries_per_kv)
                 elif cutlass.const_expr(c.scheduler == "dynamic"):
-                    self.make_zeros(schedule, zeros)
+                    self.make_zeros(schedule, zeros, deltas)
             elif cutlass.const_expr(c.scheduler == "dynamic"):
                 if cutlass.const_expr(c.in_pairs):
-                    self.claim_together(schedule, near_end, zeros)
+                    self.claim_together(schedule, near_end, zeros, deltas)
                 else:
-                    self.claim(schedule, near_end, zeros)
+                    self.claim(schedule, near_end, zeros, deltas)
         elif c.dq_warpgroup and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
             waited_for = k_ring, other_k_ring, ds_full, ds_empty, ds_come
@@ -372,7 +379,8 @@ class BackwardKernel:
         Towards a tile's end, but not before, it has the next one claimed.
         """
         c = self.config
-        (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO) = rings, copies, tensors, shared
+        (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO), (deltas, s_rows) = rings, copies, tensors, shared, rows
+        rows = deltas.rows.lse_log2, deltas.rows.delta
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
@@ -383,11 +391,13 @@ class BackwardKernel:
             m_first, m_stop = self.query_tiles(mask, together)
             to_come = max(m_stop - m_first, 0) * queries_per_kv
             claim_at = min(to_come, CLAIM_AHEAD)
+            if cutlass.const_expr(c.delta_ahead):
+                cute.arch.fence_proxy("async.global")  # LSE and delta were there when the tile was claimed; bulk copies read them now
             for h in cutlass.range(queries_per_kv, unroll=1):
                 head = head_kv * queries_per_kv + h
                 q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
                 do = TmaSource.of_head(do_ring, load_do, dO, sdO, head, batch)
-                q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(*rows))
+                q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(rows, s_rows))
                 for m in cutlass.range(m_first, m_stop, unroll=1):
                     if cutlass.const_expr(c.scheduler == "dynamic"):
                         if to_come == claim_at and cute.arch.lane_idx() == 0:
@@ -400,7 +410,7 @@ class BackwardKernel:
         do_ring.producer_tail(do_at)
 
     @cute.jit
-    def claim(self, schedule, near_end, zeros):
+    def claim(self, schedule, near_end, zeros, deltas):
         """One warp: claims the CTA's next tile when told, and tells the others. In deterministic mode it makes zeros, too."""
         c = self.config
         position, phase = schedule.first(), Int32(schedule.first_claimed)  # 1: waits for nothing the first time
@@ -411,6 +421,8 @@ class BackwardKernel:
         while position < schedule.tiles.length:
             cute.arch.mbarrier_wait(near_end, phase)
             position, place = schedule.claimed(schedule.claim(), position)
+            if cutlass.const_expr(c.delta_ahead):
+                deltas.await_those_of(position)
             if cutlass.const_expr(c.deterministic):
                 if position < schedule.tiles.length:
                     zeros.make(position)  # before it is told: that may wait for a turn, and so for who waits for these zeros
@@ -451,27 +463,45 @@ class BackwardKernel:
         rings[1].producer_tail(v_at)
 
     @cute.jit
-    def claim_together(self, schedule, near_end, zeros):
-        """One warp of each CTA of a cluster: the first one's claims the next tiles for both, the other one's makes zeros."""
-        position, phase, first = schedule.first(), Int32(schedule.first_claimed), self.rank() == 0  # 1: waits for nothing the first time
+    def claim_together(self, schedule, near_end, zeros, deltas):
+        """One warp of each CTA of a cluster: the first one's claims the next tiles for both, the other one's makes zeros, LSE and delta."""
+        if self.rank() == 0:
+            self.claim_for_both(schedule, near_end, deltas)
+        else:
+            self.make_for_both(schedule, zeros, deltas)
+
+    @cute.jit
+    def claim_for_both(self, schedule, near_end, deltas):
+        position, phase = schedule.first(), Int32(schedule.first_claimed)  # 1: waits for nothing the first time
         s_at = barriers.producing(SCHEDULE_STAGES)
-        if not first:
-            zeros.start()
         cute.arch.griddepcontrol_wait()
         while position < schedule.tiles.length:
-            if first:
-                cute.arch.mbarrier_wait(near_end, phase)
-                position, place = schedule.claimed(schedule.claim(), position)
-                s_at = schedule.tell(position, place, s_at)
-            elif cutlass.const_expr(schedule.first_claimed):
-                position, s_at = schedule.be_told(s_at)
+            cute.arch.mbarrier_wait(near_end, phase)
+            position, place = schedule.claimed(schedule.claim(), position)
+            if cutlass.const_expr(self.config.delta_ahead):
+                deltas.await_those_of(position)
+            s_at = schedule.tell(position, place, s_at)
+            phase ^= 1
+        schedule.ring.producer_tail(s_at)
+
+    @cute.jit
+    def make_for_both(self, schedule, zeros, deltas):
+        position, turn = schedule.first(), Int32(0)
+        zeros.start()
+        cute.arch.griddepcontrol_wait()
+        while position < schedule.tiles.length:
+            s_at = barriers.filling(barriers.at_turn(SCHEDULE_STAGES, turn))
+            if cutlass.const_expr(schedule.first_claimed):
+                position, _ = schedule.be_told(s_at)
                 if position < schedule.tiles.length:
                     zeros.make(position)
             else:
                 zeros.make(position)
-                position, s_at = schedule.be_told(s_at)
-            phase ^= 1
-        schedule.ring.producer_tail(s_at)
+                if cutlass.const_expr(self.config.delta_ahead):
+                    deltas.make(position)
+                position, _ = schedule.be_told(s_at)
+            turn += 1
+        schedule.ring.producer_tail(barriers.filling(barriers.at_turn(SCHEDULE_STAGES, turn)))
 
     @cute.jit
     def send_ds(self, schedule, mask, barriers_of_ds, sdS, queries_per_kv):
@@ -504,14 +534,18 @@ class BackwardKernel:
         barriers.send(own[None, None, buffer].iterator, size, ds_come + buffer, 1 - rank)
 
     @cute.jit
-    def make_zeros(self, schedule, zeros):
-        """One warp: zeros for tiles to come, with each tile a part."""
+    def make_zeros(self, schedule, zeros, deltas):
+        """One warp: zeros for tiles to come, and LSE and delta, with each tile a part."""
         zeros.start()
-        position, _, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        position, _, _ = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        turn = Int32(0)
         cute.arch.griddepcontrol_wait()
         while position < schedule.tiles.length:
             zeros.make(position)
-            position, _, s_at = schedule.hear(position, s_at)
+            if cutlass.const_expr(self.config.delta_ahead):
+                deltas.make(position)
+            position, _, _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
+            turn += 1
 
     @cute.jit
     def keep_turns(self, schedule, mask, turns, queries_per_kv):

@@ -329,6 +329,14 @@ class BackwardConfig:
         return not (self.head_dim == 64 and self.deterministic)
 
     @property
+    def delta_ahead(self):
+        """Whether CTAs make LSE and delta for heads to come, and DeltaKernel only for the first and last ones: where a warp has time and
+        registers for it.
+        """
+        suits = self.dq_warpgroup and not self.deterministic and self.tile_m % 32 == 0
+        return suits and not (self.in_pairs and self.mask == "causal")
+
+    @property
     def half_hidden(self):
         """Whether the second half of a tile of keys may be hidden from all queries of a tile that sees the first half."""
         return self.mask == "causal" and self.dq_warpgroup and self.tile_m < self.tile_n

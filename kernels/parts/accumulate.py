@@ -15,8 +15,8 @@ from .barriers import WARP
 from .output import WARPS
 from .schedule import TileList
 
-COUNTS = 4  # numbers that `count` points to
-FINISHED = 2  # the place of the first of them that Finished has
+COUNTS = 5  # numbers that `count` points to
+FINISHED, DELTAS = 2, 4  # the places of the first of them that Finished has, and of DeltaAhead's
 VECTOR = 4  # fp32 numbers that a lane moves at a time
 PAGE = 128  # zeros that a lane moves at a time
 
@@ -46,8 +46,8 @@ def counts_of(dQ):
 
 def count(counts, head, batch):
     """A pointer to a head's, in that order: how many have made zeros for its group of heads, where it is the first of that; how many tiles
-    of keys are claimed, where it is the first of all; and of its group, how many CTAs have added all that a tile of keys adds, and how many
-    of DqKernel know that all have.
+    of keys are claimed, where it is the first of all; and of its group, how many CTAs have added all that a tile of keys adds, how many of
+    DqKernel know that all have, and how many have made LSE and delta for its queries.
     """
     return cute.recast_ptr(counts[None, batch].iterator + Int64(head) * counts.stride[0], dtype=Int32)
 
