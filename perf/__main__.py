@@ -6,6 +6,8 @@ import sys
 
 from perf import PerfError, peers, suites, timing
 
+ROUNDS = 5  # at each point, if not told otherwise
+
 
 def words(text):
     return [word for word in text.split(",") if word]
@@ -57,10 +59,10 @@ def parser():
     run.add_argument("--head-dim", type=integers, metavar="D,...", help="only these head dims")
     run.add_argument("--causal", action=argparse.BooleanOptionalAction, help="only causal points, or only the others")
     run.add_argument("--seqlen", type=integers, metavar="S,...", help="only these lengths of q")
-    run.add_argument("--rounds", type=count, default=5, metavar="N", help="rounds at each point; default: 5")
+    run.add_argument("--rounds", type=count, metavar="N", help=f"rounds at each point; default: {ROUNDS}")
     run.add_argument(
-        "--burst-ms", type=milliseconds, default=timing.BURST_MS, metavar="MS",
-        help=f"a turn's length; in short ones all meet nearly the same clock; default: {timing.BURST_MS:g}",
+        "--burst-ms", type=milliseconds, metavar="MS",
+        help=f"how long a burst of launches is; shorter ones, in more rounds, for a ratio of two kernels; default: {timing.BURST_MS:g}",
     )  # fmt: skip
     run.add_argument("--out", metavar="FILE", help="default: perf/results/DATE-SUITE-DIRECTION-GPU.json; nothing is overwritten")
     run.add_argument("--commit", metavar="HASH", help="the commit measured, where the tree was copied")
@@ -103,6 +105,10 @@ def dispatch(options):
 
     from perf import runner
 
+    if (options.suite, options.direction) == ("host", "bwd"):
+        for option, given in (("--rounds", options.rounds), ("--burst-ms", options.burst_ms)):
+            if given is not None:
+                raise PerfError(f"{option} is for launches on the GPU; suite host times only the host in the backward direction: leave it out")
     filters = {
         "head_dims": options.head_dim,
         "causal": options.causal,
@@ -114,8 +120,8 @@ def dispatch(options):
         suite=options.suite,
         filters=filters,
         providers=[*peers.providers(options.providers), *map(peers.OtherCommit, options.against)],
-        rounds=options.rounds,
-        burst_ms=options.burst_ms,
+        rounds=ROUNDS if options.rounds is None else options.rounds,
+        burst_ms=timing.BURST_MS if options.burst_ms is None else options.burst_ms,
         out=options.out,
         commit=options.commit,
         console=console,

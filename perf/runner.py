@@ -25,7 +25,7 @@ class DeviceLost(Exception):
     """A provider's kernel failed in a way that takes every later CUDA call of the process with it."""
 
 
-def run(*, suite, filters, providers, rounds, burst_ms=timing.BURST_MS, out=None, commit=None, console):
+def run(*, suite, filters, providers, rounds, burst_ms, out=None, commit=None, console):
     """Measures, writes the result file, prints the table; returns the exit code."""
     points = suites.select(suite, **filters)
     require_hopper()
@@ -114,7 +114,7 @@ class Bench:
         """Measures every point. Whatever stops it, what was measured before is in the file."""
         host = self.data["suite"] == "host"
         measure_group = self.host_and_graph if host else self.kernel
-        groups = [[point] for point in points] if host else suites.apart_in_dtype(points)
+        groups = [[point] for point in points] if host else suites.across_dtypes(points)
         try:
             for group in progress(groups, self.console):
                 measure_group(*group)

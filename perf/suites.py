@@ -166,8 +166,8 @@ def select(suite, *, head_dims=None, causal=None, seqlens=None, dtypes=("bf16",)
     return [dataclasses.replace(point, dtype=dtype, direction=direction) for dtype in dtypes for point in points]
 
 
-def apart_in_dtype(points):
-    """The points in groups that differ in dtype alone; groups and points in the order in which they come."""
+def across_dtypes(points):
+    """The points in groups of those that differ in dtype alone; groups and points in the order in which they come."""
     groups = {}
     for point in points:
         groups.setdefault(dataclasses.replace(point, dtype="bf16"), []).append(point)

@@ -922,6 +922,8 @@ def test_run_on_another_gpu(monkeypatch, capsys):
         (["--rounds", "0"], "positive integer"),
         (["--burst-ms", "0"], "positive number of milliseconds"),
         (["--burst-ms", "nan"], "positive number of milliseconds"),
+        (["--suite", "host", "--direction", "bwd", "--rounds", "9"], "--rounds is for launches on the GPU"),
+        (["--suite", "host", "--direction", "bwd", "--burst-ms", "9"], "--burst-ms is for launches on the GPU"),
         (["--direction", "both"], "invalid choice"),
         (["--seqlen", "1k"], "integers"),
     ],
