@@ -142,14 +142,14 @@ def head_group(problem, device):
 # (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and how fast it is, as does
 # perf/results/2026-11-28-paper-bwd-h100-3.json.
 BACKWARD = {
-    (64, "none"): dict(tile_m=128, k_in_registers=True),
-    (64, "causal"): dict(tile_m=128, k_in_registers=True),
+    (64, "none"): dict(tile_m=128),
+    (64, "causal"): dict(tile_m=128),
     (128, "none"): dict(),
     (128, "causal"): dict(),
     (256, "none"): dict(tile_n=64, cluster=2, do_stages=1, dq_beside="dK"),
     (256, "causal"): dict(tile_n=64, cluster=2, do_stages=1, dq_beside="S"),
 }
-BACKWARD_IN_PAIRS = {(128, mask): dict(cluster=2, k_in_registers=True) for mask in ("none", "causal")}  # and where `in_pairs`
+BACKWARD_IN_PAIRS = {(128, "none"): dict(cluster=2), (128, "causal"): dict(cluster=2)}  # and where `in_pairs`
 
 
 @dataclass(frozen=True)

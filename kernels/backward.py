@@ -27,11 +27,10 @@ from .delta import DeltaKernel
 from .dq import DqKernel
 from .parts import accumulate, barriers, tiles, wgmma
 from .parts.barriers import WARP
-from .parts.delta import DeltaAhead, DeltaRows
 from .parts.mask import RightMask
-from .parts.output import WARP_ROWS, WARPS, StagedOutput, publish
+from .parts.output import WARP_ROWS, WARPS, StagedOutput
 from .parts.rounding import DTYPES, round_into, widened
-from .parts.schedule import Divisor, Schedule, TileList
+from .parts.schedule import Schedule, TileList
 from .parts.softmax import LOG2_E, exp2
 from .parts.sources import RowSource, TmaSource
 
@@ -139,21 +138,14 @@ class BackwardKernel:
         counts = accumulate.counts_of(dQ)
         query_tiles = lse_log2.shape[2] // c.tile_m
         tiles_of = Q.shape[2] * query_tiles, queries_per_kv * query_tiles
-        rows = DeltaRows(O, dO, LSE, lse_log2, delta, c.tile_m)
-        first_later = 2 * ahead
-        if cutlass.const_expr(c.delta_ahead):  # a warp isn't done in time where tiles are short
-            enough = 16 if c.mask == "causal" else 8
-            first_later = first_later if key_tiles >= enough else tile_list.last_group
-        deltas = DeltaAhead(rows, counts, tile_list, ahead, first_later, queries_per_kv, Divisor(max(1, lse_log2.shape[2] // WARP)), Divisor(Q.shape[2]))
         zeroed = 2 * ahead * head_group, tile_list.last_group * head_group
-        later = first_later * head_group, max(0, tile_list.last_group - first_later) * head_group
-        DeltaKernel(c)(rows, dq_accum, turns, counts, zeroed, later, queries_per_kv, stream)
+        DeltaKernel(c)(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, zeroed, queries_per_kv, stream)
         copies = load_q, load_do, load_k, load_v, load_other_k, store_dk, store_dv
         tensors = mQ, mdO, mK, mV, other_K, mdK, mdV
         layouts = q_layout, do_layout, k_layout, v_layout, ds_layout
         scales = softmax_scale, softmax_scale * Float32(LOG2_E)
         self.kernel(
-            copies, tensors, deltas, dq_accum, turns, scales, tile_list, counts, ahead, queries_per_kv, tiles_of, layouts
+            copies, tensors, lse_log2, delta, dq_accum, turns, scales, tile_list, counts, ahead, queries_per_kv, tiles_of, layouts
         ).launch(
             grid=[ctas * c.cluster, 1, 1],
             block=[c.threads, 1, 1],
@@ -199,7 +191,8 @@ class BackwardKernel:
         self,
         copies: tuple[cute.CopyAtom, ...],  # load Q, dO, K, V, columns of other keys; store dK, dV
         tensors: tuple[cute.Tensor, ...],  # the same, as TMA sees them
-        deltas: DeltaAhead,
+        lse_log2: cute.Tensor,
+        delta: cute.Tensor,
         dq_accum: cute.Tensor,
         turns: cute.Tensor | None,
         scales: tuple[Float32, Float32],  # of the scores, and log2(e) times that
@@ -265,7 +258,7 @@ class BackwardKernel:
                 cute.arch.mbarrier_init(p_full, WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
                 cute.arch.mbarrier_init(turn_barriers, 1)
-                cute.arch.mbarrier_init(turn_barriers + 1, c.dq_parts // c.cluster * WARPS)
+                cute.arch.mbarrier_init(turn_barriers + 1, WARPS if c.in_pairs else 2 * WARPS)
                 if cutlass.const_expr(c.in_pairs):
                     for i in cutlass.range_constexpr(SCHEDULE_STAGES):
                         cute.arch.mbarrier_init(ready + i, 1)
@@ -293,7 +286,7 @@ class BackwardKernel:
             cute.arch.setmaxregister_decrease(c.registers[0])
             zeros = accumulate.Zeros(dq_accum, counts, page, tile_list, ahead, queries_per_kv)
             if warp_index == 0:
-                rings, rows = (q_ring, do_ring), (deltas, (s_lse, s_delta))
+                rings, rows = (q_ring, do_ring), ((lse_log2, delta), (s_lse, s_delta))
                 self.produce_queries(schedule, near_end, mask, rings, copies[:2], (Q, dO), (sQ, sdO), rows, queries_per_kv)
             elif warp_index == 1:
                 self.produce_keys(schedule, zeros, (k_ring, v_ring, other_k_ring), copies[2:5], (K, V, other_K), (sK, sV, s_other_k))
@@ -303,12 +296,12 @@ class BackwardKernel:
                 elif cutlass.const_expr(c.in_pairs):
                     self.send_ds(schedule, mask, (ds_full, ds_come), sdS, queries_per_kv)
                 elif cutlass.const_expr(c.scheduler == "dynamic"):
-                    self.make_zeros(schedule, zeros, deltas)
+                    self.make_zeros(schedule, zeros)
             elif cutlass.const_expr(c.scheduler == "dynamic"):
                 if cutlass.const_expr(c.in_pairs):
-                    self.claim_together(schedule, near_end, zeros, deltas)
+                    self.claim_together(schedule, near_end, zeros)
                 else:
-                    self.claim(schedule, near_end, zeros, deltas)
+                    self.claim(schedule, near_end, zeros)
         elif c.dq_warpgroup and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
             waited_for = k_ring, other_k_ring, ds_full, ds_empty, ds_come
@@ -379,8 +372,7 @@ class BackwardKernel:
         Towards a tile's end, but not before, it has the next one claimed.
         """
         c = self.config
-        (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO), (deltas, s_rows) = rings, copies, tensors, shared, rows
-        rows = deltas.rows.lse_log2, deltas.rows.delta
+        (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO) = rings, copies, tensors, shared
         q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
@@ -391,13 +383,11 @@ class BackwardKernel:
             m_first, m_stop = self.query_tiles(mask, together)
             to_come = max(m_stop - m_first, 0) * queries_per_kv
             claim_at = min(to_come, CLAIM_AHEAD)
-            if cutlass.const_expr(c.delta_ahead):
-                cute.arch.fence_proxy("async.global")  # LSE and delta were there when the tile was claimed; bulk copies read them now
             for h in cutlass.range(queries_per_kv, unroll=1):
                 head = head_kv * queries_per_kv + h
                 q = TmaSource.of_head(q_ring, load_q, Q, sQ, head, batch)
                 do = TmaSource.of_head(do_ring, load_do, dO, sdO, head, batch)
-                q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(rows, s_rows))
+                q_row, do_row = (RowSource.of_head(row, s_row, head, batch) for row, s_row in zip(*rows))
                 for m in cutlass.range(m_first, m_stop, unroll=1):
                     if cutlass.const_expr(c.scheduler == "dynamic"):
                         if to_come == claim_at and cute.arch.lane_idx() == 0:
@@ -410,7 +400,7 @@ class BackwardKernel:
         do_ring.producer_tail(do_at)
 
     @cute.jit
-    def claim(self, schedule, near_end, zeros, deltas):
+    def claim(self, schedule, near_end, zeros):
         """One warp: claims the CTA's next tile when told, and tells the others. In deterministic mode it makes zeros, too."""
         c = self.config
         position, phase = schedule.first(), Int32(schedule.first_claimed)  # 1: waits for nothing the first time
@@ -421,8 +411,6 @@ class BackwardKernel:
         while position < schedule.tiles.length:
             cute.arch.mbarrier_wait(near_end, phase)
             position, place = schedule.claimed(schedule.claim(), position)
-            if cutlass.const_expr(c.delta_ahead):
-                deltas.await_those_of(position)
             if cutlass.const_expr(c.deterministic):
                 if position < schedule.tiles.length:
                     zeros.make(position)  # before it is told: that may wait for a turn, and so for who waits for these zeros
@@ -463,47 +451,27 @@ class BackwardKernel:
         rings[1].producer_tail(v_at)
 
     @cute.jit
-    def claim_together(self, schedule, near_end, zeros, deltas):
-        """One warp of each CTA of a cluster: the first one's claims the next tiles for both, the other one's makes zeros, LSE and delta."""
-        if self.rank() == 0:
-            self.claim_for_both(schedule, near_end, deltas)
-        else:
-            self.make_for_both(schedule, zeros, deltas)
-
-    @cute.jit
-    def claim_for_both(self, schedule, near_end, deltas):
-        position, phase = schedule.first(), Int32(schedule.first_claimed)  # 1: waits for nothing the first time
+    def claim_together(self, schedule, near_end, zeros):
+        """One warp of each CTA of a cluster: the first one's claims the next tiles for both, the other one's makes zeros."""
+        position, phase, first = schedule.first(), Int32(schedule.first_claimed), self.rank() == 0  # 1: waits for nothing the first time
         s_at = barriers.producing(SCHEDULE_STAGES)
+        if not first:
+            zeros.start()
         cute.arch.griddepcontrol_wait()
         while position < schedule.tiles.length:
-            cute.arch.mbarrier_wait(near_end, phase)
-            position, place = schedule.claimed(schedule.claim(), position)
-            if cutlass.const_expr(self.config.delta_ahead):
-                deltas.await_those_of(position)
-            s_at = schedule.tell(position, place, s_at)
-            phase ^= 1
-        schedule.ring.producer_tail(s_at)
-
-    @cute.jit
-    def make_for_both(self, schedule, zeros, deltas):
-        position, turn = schedule.first(), Int32(0)
-        zeros.start()
-        cute.arch.griddepcontrol_wait()
-        while position < schedule.tiles.length:
-            s_at = barriers.filling(barriers.at_turn(SCHEDULE_STAGES, turn))
-            if cutlass.const_expr(schedule.first_claimed):
-                position, _ = schedule.be_told(s_at)
+            if first:
+                cute.arch.mbarrier_wait(near_end, phase)
+                position, place = schedule.claimed(schedule.claim(), position)
+                s_at = schedule.tell(position, place, s_at)
+            elif cutlass.const_expr(schedule.first_claimed):
+                position, s_at = schedule.be_told(s_at)
                 if position < schedule.tiles.length:
                     zeros.make(position)
-                    if cutlass.const_expr(self.config.delta_ahead):
-                        deltas.make(position)
             else:
                 zeros.make(position)
-                if cutlass.const_expr(self.config.delta_ahead):
-                    deltas.make(position)
-                position, _ = schedule.be_told(s_at)
-            turn += 1
-        schedule.ring.producer_tail(barriers.filling(barriers.at_turn(SCHEDULE_STAGES, turn)))
+                position, s_at = schedule.be_told(s_at)
+            phase ^= 1
+        schedule.ring.producer_tail(s_at)
 
     @cute.jit
     def send_ds(self, schedule, mask, barriers_of_ds, sdS, queries_per_kv):
@@ -536,18 +504,14 @@ class BackwardKernel:
         barriers.send(own[None, None, buffer].iterator, size, ds_come + buffer, 1 - rank)
 
     @cute.jit
-    def make_zeros(self, schedule, zeros, deltas):
-        """One warp: zeros for tiles to come, and LSE and delta, with each tile a part."""
+    def make_zeros(self, schedule, zeros):
+        """One warp: zeros for tiles to come, with each tile a part."""
         zeros.start()
-        position, _, _ = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
-        turn = Int32(0)
+        position, _, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         cute.arch.griddepcontrol_wait()
         while position < schedule.tiles.length:
             zeros.make(position)
-            if cutlass.const_expr(self.config.delta_ahead):
-                deltas.make(position)
-            position, _, _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn))
-            turn += 1
+            position, _, s_at = schedule.hear(position, s_at)
 
     @cute.jit
     def keep_turns(self, schedule, mask, turns, queries_per_kv):
@@ -577,9 +541,10 @@ class BackwardKernel:
         part = index if c.cluster == 1 else self.rank() * WARPGROUPS + index
         own_ds = self.own_rows(tiles.transposed(sdS), part)[None, None, 0]
         lse_address, delta_address = (wgmma.address_of_columns(x, thread) for x in rows)
-        delta_after = delta_address - lse_address
-        lse_address = wgmma.keep(lse_address)
-        delta_address = lse_address + delta_after
+        if cutlass.const_expr(c.lse_ahead):
+            delta_after = delta_address - lse_address
+            lse_address = wgmma.keep(lse_address)
+            delta_address = lse_address + delta_after
 
         def operand_a(mma, tile):
             return mma.make_fragment_A(mma.get_slice(0).partition_A(tile))
@@ -678,53 +643,42 @@ class BackwardKernel:
         t.dK.fill(0.0)
         t.dV.fill(0.0)
         t.k_ring.consumer_wait(barriers.at_turn(self.config.k_stages, turn))
-        self.fetch_lse(t, at)
+        if cutlass.const_expr(self.config.lse_ahead):
+            self.fetch_lse(t, at)
 
     @cute.jit
     def compute_dq(self, schedule, mask, waited_for, keys, sdS, adding, thread, queries_per_kv, tiles_of):
-        """One warpgroup: what each tile of keys that the CTA gets adds to dQ, a part of a tile of dQ at a time."""
+        """One warpgroup: what each tile of keys that the CTA gets adds to dQ, half a tile of dQ at a time."""
         c = self.config
         (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come), (adder, finished) = keys, waited_for, adding
-        memory, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
+        memory = warpgroup.OperandSource.SMEM
         if cutlass.const_expr(c.dq_by_rows):  # dQ = dS K, 64 queries each
             op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, memory)
             rows, columns = sdS, tiles.transposed(sK)
         else:  # dQᵀ = Kᵀ dSᵀ, 64 of head_dim each
-            op = wgmma.operation(self.dtype, c.dq_part[0], OperandMajorMode.K, memory, OperandMajorMode.MN)
+            op = wgmma.operation(self.dtype, c.tile_m, OperandMajorMode.K, memory, OperandMajorMode.MN)
             rows, columns = tiles.transposed(sK), sdS
         mma = cute.make_tiled_mma(op)
         if cutlass.const_expr(c.in_pairs):  # this CTA's half of head_dim, of its own keys and then of the other's
             rank = self.rank()
             rows = [self.own_rows(rows, rank), tiles.transposed(s_other_k)]
             columns = [self.ds_of(sdS, r) for r in (rank, 1 - rank)]
-        elif cutlass.const_expr(c.k_in_registers):  # a part of the queries
-            rows = [rows] * c.dq_parts
-            columns = [cute.local_tile(columns, (c.dq_part[0], *sdS.shape[1:]), (part, 0, 0)) for part in range(c.dq_parts)]
         else:
             rows, columns = [self.own_rows(rows, half) for half in range(2)], [columns] * 2
-        kept_op, Kt = None, None
-        if cutlass.const_expr(c.k_in_registers):
-            kept_op = wgmma.operation(self.dtype, c.dq_part[0], OperandMajorMode.K, registers)
-            Kt = cute.make_rmem_tensor(cute.make_tiled_mma(kept_op).partition_shape_A((ROWS, c.keys_in_registers)), self.dtype)
         A = [mma.make_fragment_A(mma.get_slice(0).partition_A(x)) for x in rows]
         B = [mma.make_fragment_B(mma.get_slice(0).partition_B(x)) for x in columns]
-        dQ = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, c.dq_part[0 if not c.dq_by_rows else 1])), Float32)
-        position, tile, _ = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        dQ = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, c.head_dim if c.dq_by_rows else c.tile_m)), Float32)
+        position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         n, head_kv, batch = tile
-        turn, ds_at = Int32(0), barriers.consuming(c.ds_buffers)
+        k_at, ds_at = barriers.consuming(c.k_stages), barriers.consuming(c.ds_buffers)
         while position < schedule.tiles.length:
-            k_at = barriers.at_turn(c.k_stages, turn)
             m_first, m_stop = self.query_tiles(mask, n)
-            part = self.rank() if c.in_pairs else 0
-            place = adder.place(batch * tiles_of[0] + head_kv * tiles_of[1], part, thread)
+            place = batch * tiles_of[0] + head_kv * tiles_of[1]
             k_ring.consumer_wait(k_at)
             if cutlass.const_expr(c.in_pairs):
                 other_k_ring.consumer_wait(k_at)
-            if cutlass.const_expr(c.k_in_registers):
-                kept = cute.local_tile(rows[0][None, None, k_at.index], (ROWS, c.keys_in_registers), (0, 0))
-                wgmma.load_operand(kept_op, Kt, kept, thread, transposed=True)
             for h in cutlass.range(queries_per_kv, unroll=1):
-                place += Int64(m_first) * adder.tile_bytes
+                place += m_first
                 for m in cutlass.range(m_first, m_stop, unroll=1):
                     cute.arch.mbarrier_wait(ds_full + ds_at.index, ds_at.phase)
                     a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
@@ -733,7 +687,7 @@ class BackwardKernel:
                         if cutlass.const_expr(c.deterministic):  # where a warp keeps the turns, in place of the one that sends
                             if thread == 0:
                                 self.send(columns[0], ds_at.index, ds_come, rank)
-                        self.issue_part(op, kept_op, dQ, Kt, *operands[0])
+                        wgmma.issue(op, dQ, *operands[0], accumulate=False)
                         wgmma.wait(0)
                         if m + 1 == m_stop and h + 1 == queries_per_kv:
                             k_ring.consumer_release(k_at)
@@ -743,21 +697,21 @@ class BackwardKernel:
                         if cute.arch.lane_idx() == 0:
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index, 1 - rank)
-                        adder.add(dQ, place, ds_at.index)
+                        adder.add(dQ, place, ds_at.index, rank, thread)
                     else:
-                        for part in cutlass.range_constexpr(len(operands)):
+                        for half in cutlass.range_constexpr(2):
                             if self.hides(mask, n, m, 1):
-                                wgmma.issue(op, dQ, *operands[part], accumulate=False, k=ROWS)
+                                wgmma.issue(op, dQ, *operands[half], accumulate=False, k=ROWS)
                                 wgmma.wait(0)
                             else:
-                                self.issue_part(op, kept_op, dQ, Kt, *operands[part])
+                                wgmma.issue(op, dQ, *operands[half], accumulate=False)
                                 wgmma.wait(0)
-                            if cutlass.const_expr(part == len(operands) - 1):
+                            if cutlass.const_expr(half == 1):
                                 if cute.arch.lane_idx() == 0:
                                     cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
-                            adder.add(dQ, place, ds_at.index, part)
+                            adder.add(dQ, place, ds_at.index, half, thread)
                     ds_at.advance()
-                    place += adder.tile_bytes
+                    place += 1
             if cutlass.const_expr(c.in_pairs):
                 other_k_ring.consumer_release(k_at)
             else:
@@ -766,16 +720,8 @@ class BackwardKernel:
                 cute.arch.barrier(barrier_id=DQ_BARRIER, number_of_threads=WARPGROUP)
                 if thread == 0:
                     finished.count(head_kv, batch)
-            position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn + int(schedule.first_claimed)))
-            turn += 1
-
-    @cute.jit
-    def issue_part(self, op: Constexpr, kept_op: Constexpr, dQ: cute.Tensor, Kt, A: cute.Tensor, B: cute.Tensor):
-        """dQ = A B, in flight, where A's first columns are also in Kt, if there is that, in registers."""
-        kept = self.config.keys_in_registers
-        if cutlass.const_expr(kept > 0):
-            wgmma.issue(kept_op, dQ, Kt, B, accumulate=False)
-        wgmma.issue(op, dQ, A, B, accumulate=kept > 0, skip=kept)
+            k_at.advance()
+            position, (n, head_kv, batch), s_at = schedule.hear(position, s_at)
 
     @cute.jit
     def write(self, t: Consumer, tile, outputs, softmax_scale):
@@ -783,30 +729,25 @@ class BackwardKernel:
         n, head_kv, batch = tile
         dK, dV = outputs
         place = n * WARPGROUPS + t.index, head_kv, batch, t.index, t.thread
-        if cutlass.const_expr(self.config.outputs_abreast):  # so that one fence, which takes 200 to 400 cycles, is enough
-            dV.finish()
-            dV.put(t.dV, 0, t.index, t.thread)
-            self.scale(t.dK, softmax_scale)
-            dK.put(t.dK, 0, t.index, t.thread)
-            publish()
-            dV.send(0, *place)
-            dK.send(0, *place)
-        else:
-            dV.write(t.dV, 0, *place)
-            self.scale(t.dK, softmax_scale)
-            dK.write(t.dK, 0, *place)
+        dV.write(t.dV, 0, *place)
+        self.scale(t.dK, softmax_scale)
+        dK.write(t.dK, 0, *place, free=self.config.outputs_abreast)
 
     @cute.jit
     def step(self, t: Consumer, n, m, k_stage, v_at, at, last):
         """A tile of queries: S, P, dP, dS, dV and dK. last: whether it is the last one for this tile of keys.
 
         ptxas puts the exponentials between dP's WGMMAs. What is loaded from shared memory comes late, as WGMMAs keep it busy: delta is
-        asked for beside dV, and LSE of the next tile of queries beside dK.
+        asked for beside dV, and LSE of the next tile of queries, if there are registers for it, beside dK.
         """
         c = self.config
         K, V = t.K[None, None, None, k_stage], t.V[None, None, None, v_at.index]
         dO, Q = t.dO_of_dV[None, None, None, at.index], t.Q_of_dK[None, None, None, at.index]
+        if cutlass.const_expr(not c.lse_ahead):
+            t.q_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.S, K, t.Q[None, None, None, at.index], accumulate=False)
+        if cutlass.const_expr(not c.lse_ahead):
+            self.load_lse(t, at)
         wgmma.wait(0)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
@@ -814,18 +755,16 @@ class BackwardKernel:
         t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
-        for part in [*range(c.dv_parts)]:
-            self.exponentials(t, part)
-            queries = dict(k=c.tile_m * (part + 1) // c.dv_parts, skip=c.tile_m * part // c.dv_parts)
-            wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True, **queries)
+        self.exponentials(t)
+        wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True)
         delta = wgmma.load_columns(t.delta_address + 4 * c.tile_m * at.index, c.tile_m)
-        wgmma.wait(c.dv_parts)
+        wgmma.wait(1)
         self.differentials(t.dP, t.P, delta)
         round_into(t.dS, t.dP)
         cute.arch.mbarrier_wait(t.ds_empty + at.index, at.phase ^ 1)
         wgmma.store_transposed(t.dS, t.ds_address + c.tile_bytes["dS"] * at.index)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=True)
-        publish()
+        self.publish()
         if t.leads:
             cute.arch.mbarrier_arrive(t.ds_full + at.index)
         self.fetch_following_lse(t, at, last)
@@ -841,7 +780,7 @@ class BackwardKernel:
         if cutlass.const_expr(self.config.in_pairs):
             t.dS.fill(0)
             wgmma.store_transposed(t.dS, t.ds_address + self.config.tile_bytes["dS"] * at.index)
-            publish()
+            self.publish()
         if t.leads:
             cute.arch.mbarrier_arrive(t.ds_full + at.index)
         self.fetch_following_lse(t, at, last)
@@ -860,15 +799,19 @@ class BackwardKernel:
 
     @cute.jit
     def fetch_following_lse(self, t: Consumer, at, last):
-        """LSE of the next step."""
-        following = at.clone()
-        if not last:  # then begin_tile does it; this tile's is loaded again, and not used
-            following.advance()
-        self.fetch_lse(t, following)
+        """LSE of the next step, where it is loaded ahead."""
+        if cutlass.const_expr(self.config.lse_ahead):
+            following = at.clone()
+            if not last:  # then begin_tile does it; this tile's is loaded again, and not used
+                following.advance()
+            self.fetch_lse(t, following)
 
     def fetch_lse(self, t: Consumer, at):
-        c = self.config
         t.q_ring.consumer_wait(at)
+        self.load_lse(t, at)
+
+    def load_lse(self, t: Consumer, at):
+        c = self.config
         t.lse_log2.store(wgmma.load_columns(t.lse_address + 4 * c.tile_m * at.index, c.tile_m).load())
 
     @cute.jit
@@ -885,10 +828,9 @@ class BackwardKernel:
             flat[i] = flat[i] * factor
 
     @cute.jit
-    def exponentials(self, t: Consumer, part):
-        """A part of those becomes P."""
-        halves = 2 // self.config.dv_parts
-        for half in [*range(halves * part, halves * (part + 1))]:
+    def exponentials(self, t: Consumer):
+        """Those become P."""
+        for half in [*range(2)]:
             S, P = (wgmma.columns(x, half, 2) for x in (t.S, t.P))
             s = wgmma.flat(S)
             for i in [*range(cute.size(s))]:
@@ -901,6 +843,11 @@ class BackwardKernel:
         dp, p = wgmma.flat(dP), widened(P)
         for i in [*range(cute.size(dp))]:
             dp[i] = p[i] * (dp[i] - delta[i % 2, i // 4])
+
+    def publish(self):
+        """What this warp has stored to shared memory may now be read by TMA and by WGMMAs."""
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
 
     def turn(self, mask, m, together):
         """How many tiles of keys (a cluster's count as one) add to dQ of query tile m before this one does, where the order is fixed."""

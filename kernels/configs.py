@@ -253,7 +253,6 @@ class BackwardConfig:
     cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1 or 2; at head_dim 64 only 1.
     dq_beside: what a tile's dQ is computed beside: "nothing", as a warpgroup of its own has it; at head_dim 256 "S" of the tile of queries
         after it, or "dK" of its own.
-    k_in_registers: dQ's warpgroup has what it can of Kᵀ in registers, so that less is read from shared memory for it; at head_dim 64, and in pairs.
     deterministic: key tiles add to dQ in a fixed order.
     """
 
@@ -266,7 +265,6 @@ class BackwardConfig:
     do_stages: int = 2
     cluster: int = 1
     dq_beside: str = "nothing"
-    k_in_registers: bool = False
     deterministic: bool = False
 
     family = "backward"
@@ -284,7 +282,6 @@ class BackwardConfig:
         one_of("cluster", (1,) if self.head_dim == 64 else (1, 2))
         at_256 = ("dK",) if self.cluster == 1 else ("S", "dK")  # without a cluster, dQ has too many registers to lie beside S
         one_of("dq_beside", at_256 if self.wide else ("nothing",))
-        one_of("k_in_registers", (False, True) if self.head_dim == 64 or self.in_pairs else (False,))
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
@@ -324,18 +321,9 @@ class BackwardConfig:
         return self.dq_warpgroup and self.cluster == 2
 
     @property
-    def dv_parts(self):
-        """Groups of WGMMAs that dV has in a step: with two the first need not wait for all of P."""
-        return 2 if self.head_dim == 64 and self.deterministic else 1
-
-    @property
-    def delta_ahead(self):
-        """Whether CTAs make LSE and delta for heads to come, and DeltaKernel only for the first and last ones: where a warp has time and
-        registers for it.
-        """
-        if not self.dq_warpgroup or self.tile_m % 32 != 0:
-            return False
-        return self.in_pairs if self.deterministic else self.cluster == 1 or self.mask == "none"
+    def lse_ahead(self):
+        """Whether LSE of the next tile of queries is loaded beside this one's dK: where there are registers for it."""
+        return not (self.head_dim == 64 and self.deterministic)
 
     @property
     def half_hidden(self):
@@ -359,27 +347,18 @@ class BackwardConfig:
     @property
     def dq_by_rows(self):
         """Whether an accumulator of dQ has 64 queries for rows; else 64 of head_dim."""
-        return self.head_dim == 64 and not self.k_in_registers or self.wide
-
-    @property
-    def keys_in_registers(self):
-        """Of a tile's keys, those whose K (64 of head_dim) dQ's warpgroup has in registers: of 72, ptxas leaves accumulators and K 44."""
-        return (112 if self.head_dim == 64 else 48) if self.k_in_registers else 0
+        return self.tile_m == 128 or self.wide
 
     @property
     def dq_part(self):
         """(queries, columns) of dQ's tile that an accumulator has."""
         if self.wide:
             return 64, self.head_dim // (2 * self.cluster)
-        if self.head_dim == 64 and self.k_in_registers:
-            return 32, 64  # so that with Kᵀ there are registers enough
         return (64, self.head_dim) if self.dq_by_rows else (self.tile_m, 64)
 
     @property
     def dq_parts(self):
         """Accumulators that hold a tile of dQ together."""
-        if self.head_dim == 64 and self.k_in_registers:
-            return self.tile_m // 32
         return 2 * self.cluster if self.wide else 2
 
     @property

@@ -1,4 +1,8 @@
-"""What the backward needs beforehand: each query's delta and LSE, dQ's first zeros, and those that are counted from."""
+"""What the backward needs beforehand: delta = rowsum(dO ∘ O) and the LSE in powers of 2, a number for each query; dQ's first zeros,
+and those of what is counted.
+
+delta: FlashAttention-2 (arXiv 2307.08691), section 3.1, where it is called D.
+"""
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -6,11 +10,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from .configs import BackwardConfig
-from .parts import accumulate
-from .parts.delta import DeltaRows
-from .parts.schedule import Divisor, TileList
+from .parts import accumulate, wgmma
+from .parts.schedule import TileList
+from .parts.softmax import LOG2_E
 
 THREADS = 256
+VECTOR = 8  # fp16 or bf16 numbers that a thread loads at a time
 FP32_VECTOR = 4
 
 
@@ -21,61 +26,78 @@ class DeltaKernel:
         self.config = config
 
     @cute.jit
-    def __call__(self, rows, dq_accum, turns, counts, zeroed, later, queries_per_kv, stream: cuda.CUstream):
-        """rows: a DeltaRows. counts, queries_per_kv: as accumulate.Zeros has them. dq_accum, turns: as BackwardKernel has them.
+    def __call__(self, O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, zeroed, queries_per_kv, stream: cuda.CUstream):
+        """O, dO: (seqlen_q, head_dim, heads, batch). counts, queries_per_kv: as accumulate.Zeros has them.
 
-        K/V heads, counted over all batches: zeroed: (stop, start), those below and from these have their queries' part of dq_accum set to
-        zero; later: (first, number) of those whose LSE and delta BackwardKernel's CTAs make, if delta_ahead.
+        zeroed: (stop, start): K/V heads of all batches below and from these numbers have their queries' part of dq_accum set to zero.
+
+        The others as BackwardKernel has them.
         """
-        c = self.config
-        query_tiles = rows.lse_log2.shape[2] // c.tile_m
-        of_head = query_tiles * queries_per_kv  # a K/V head's: of its query heads one after the other
-        tile_list = TileList.of(False, of_head, 1, rows.O.shape[2] // queries_per_kv, rows.O.shape[3], Int32(1))
-        zeroed, later = ([number * of_head for number in pair] for pair in (zeroed, later))
-        self.kernel(rows, dq_accum, turns, counts, tuple(zeroed), tuple(later), queries_per_kv, tile_list, Divisor(query_tiles)).launch(
-            grid=[tile_list.length - later[1] * c.delta_ahead, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
+        tile_list = TileList.of(False, lse_log2.shape[2] // self.config.tile_m, 1, O.shape[2], O.shape[3], Int32(1))
+        self.kernel(O, dO, LSE, dq_accum, lse_log2, delta, turns, counts, zeroed, queries_per_kv, tile_list).launch(
+            grid=[tile_list.length, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(
         self,
-        rows: DeltaRows,
+        O: cute.Tensor,
+        dO: cute.Tensor,
+        LSE: cute.Tensor,
         dq_accum: cute.Tensor,
+        lse_log2: cute.Tensor,
+        delta: cute.Tensor,
         turns: cute.Tensor | None,
         counts: cute.Tensor,
-        zeroed: tuple[Int32, Int32],  # tiles
-        later: tuple[Int32, Int32],
+        zeroed: tuple[Int32, Int32],
         queries_per_kv: Int32,
         tile_list: TileList,
-        query_tiles: Divisor,
     ):
         c = self.config
-        block, ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        thread = cute.arch.thread_idx()[0]
         # the last tile first: what the first heads need is in the L2 cache when BackwardKernel begins with them
-        position = ctas - 1 - block
-        if cutlass.const_expr(c.delta_ahead):
-            if position >= later[0]:
-                position += later[1]
-        number, head_kv, batch = tile_list.tile(position)
-        head, m = divmod(number, query_tiles)
-        head += head_kv * queries_per_kv
+        m, head, batch = tile_list.tile(tile_list.length - 1 - cute.arch.block_idx()[0])
+        thread = cute.arch.thread_idx()[0]
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        if thread == 0:
-            for i in cutlass.range(block, rows.O.shape[3] * tile_list.heads.divisor, ctas, unroll=1):
-                of_batch, of_head = divmod(i, tile_list.heads)
-                cute.make_tensor(accumulate.count(counts, of_head * queries_per_kv, of_batch), accumulate.COUNTS).fill(0)
+        if m == 0 and thread == 0:
+            of_head = cute.make_tensor(accumulate.count(counts, head, batch), accumulate.COUNTS)
+            of_head.fill(0)
         if cutlass.const_expr(turns is not None):
-            length = turns.shape[0] * turns.shape[1] * turns.shape[2]
-            in_a_row = cute.make_tensor(turns.iterator, length)
-            for i in cutlass.range(block * THREADS + thread, length, ctas * THREADS, unroll=1):
-                in_a_row[i] = Int32(0)
-        rows.make(m, head, batch, thread, THREADS)
-        if position < zeroed[0] or position >= zeroed[1]:
+            if thread < c.cluster:
+                turns[batch, head, m * c.cluster + thread] = Int32(0)
+
+        lanes = c.head_dim // VECTOR  # of a row
+        rows = THREADS // lanes  # at a time
+        own_rows = [m * c.tile_m + i * rows + thread // lanes for i in range(c.tile_m // rows)]
+        # a row past the end reads the last one, so that nothing keeps all the loads from being in flight at once
+        read = [min(row, O.shape[0] - 1) for row in own_rows]
+        o, do = ([self.loaded(x[row, None, head, batch], thread % lanes) for row in read] for x in (O, dO))
+        lse = [LSE[batch, head, row] * Float32(LOG2_E) for row in read]
+        for i in cutlass.range_constexpr(len(own_rows)):
+            own = Float32(0.0)
+            for j in cutlass.range_constexpr(VECTOR):
+                own += o[i][j].to(Float32) * do[i][j].to(Float32)
+            own = cute.arch.warp_reduction_sum(own, threads_in_group=lanes)
+            if thread % lanes == 0:
+                row = own_rows[i]
+                exists = row < O.shape[0]
+                # exp2(S - inf) is 0: for rows past the end, and for those that see nothing
+                place = wgmma.place_of_column(row)
+                lse_log2[batch, head, place] = lse[i] if exists and lse[i] != -Float32.inf else Float32.inf
+                delta[batch, head, place] = own if exists else Float32(0.0)
+
+        head_kv = batch * (O.shape[2] // queries_per_kv) + head // queries_per_kv  # of all
+        if head_kv < zeroed[0] or head_kv >= zeroed[1]:
             elements = c.tile_m * c.head_dim
             zeros = cute.make_rmem_tensor(FP32_VECTOR, Float32)
             zeros.fill(0.0)
             sums = cute.zipped_divide(dq_accum[batch, head, None], (FP32_VECTOR,))
             for i in cutlass.range_constexpr(elements // FP32_VECTOR // THREADS):
                 cute.autovec_copy(zeros, sums[None, m * (elements // FP32_VECTOR) + i * THREADS + thread])
+
+    @cute.jit
+    def loaded(self, row: cute.Tensor, lane):
+        """A thread's part of a row, in registers."""
+        fragment = cute.make_rmem_tensor(VECTOR, row.element_type)
+        cute.autovec_copy(cute.zipped_divide(row, (VECTOR,))[None, lane], fragment)
+        return fragment

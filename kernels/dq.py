@@ -110,8 +110,9 @@ class DqKernel:
         flat = wgmma.flat(acc)
         for turn in cutlass.range_constexpr(c.dq_parts // WARPGROUPS):
             part = turn * WARPGROUPS + index
-            sums = accumulate.by_vectors(tile, part * WARPS + warp % WARPS, thread % WARP, c.accumulator_size)
-            cute.autovec_copy(sums, cute.make_tensor(acc.iterator, sums.shape))
+            sums = accumulate.by_vectors(tile, part * WARPS + warp % WARPS, c.accumulator_size)[None, None, thread % WARP]
+            aligned = cute.make_ptr(Float32, sums.iterator.toint(), cute.AddressSpace.gmem, assumed_align=16)  # as slicing has lost it
+            cute.autovec_copy(cute.make_tensor(aligned, sums.layout), cute.make_tensor(acc.iterator, sums.shape))
             for i in cutlass.range_constexpr(cute.size(acc)):
                 flat[i] = flat[i] * scale
             round_into(rounded, acc)

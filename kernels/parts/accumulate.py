@@ -15,17 +15,16 @@ from .barriers import WARP
 from .output import WARPS
 from .schedule import TileList
 
-COUNTS = 5  # numbers that `count` points to
-FINISHED, DELTAS = 2, 4  # the places of the first of them that Finished has, and of DeltaAhead's
+COUNTS = 4  # numbers that `count` points to
+FINISHED = 2  # the place of the first of them that Finished has
 VECTOR = 4  # fp32 numbers that a lane moves at a time
 PAGE = 128  # zeros that a lane moves at a time
 
 
-def by_vectors(pointer, warp, lane, size):
-    """(4, size / 4): where a lane's numbers of a warp's accumulator, `size` of them, lie in a tile at that pointer."""
-    own = pointer + (warp * (WARP * size) + lane * VECTOR)
-    aligned = cute.make_ptr(Float32, own.toint(), cute.AddressSpace.gmem, assumed_align=4 * VECTOR)  # which the addition has lost
-    return cute.make_tensor(aligned, cute.make_layout((VECTOR, size // VECTOR), stride=(1, VECTOR * WARP)))
+def by_vectors(pointer, warp, size):
+    """(4, size / 4, lane): where the lanes' numbers of a warp's accumulator, `size` a lane, lie in a tile at that pointer."""
+    layout = cute.make_layout((VECTOR, size // VECTOR, WARP), stride=(1, VECTOR * WARP, VECTOR))
+    return cute.make_tensor(pointer + warp * (WARP * size), layout)
 
 
 def number_of(sums, elements, m, head, batch):
@@ -47,8 +46,8 @@ def counts_of(dQ):
 
 def count(counts, head, batch):
     """A pointer to a head's, in that order: how many have made zeros for its group of heads, where it is the first of that; how many tiles
-    of keys are claimed, where it is the first of all; and of its group, how many CTAs have added all that a tile of keys adds, how many of
-    DqKernel know that all have, and how many have made LSE and delta for its queries.
+    of keys are claimed, where it is the first of all; and of its group, how many CTAs have added all that a tile of keys adds, and how many
+    of DqKernel know that all have.
     """
     return cute.recast_ptr(counts[None, batch].iterator + Int64(head) * counts.stride[0], dtype=Int32)
 
@@ -162,23 +161,15 @@ class Adder:
     elements: Constexpr[int]  # of a tile
     size: Constexpr[int]  # of a thread's accumulator
 
-    def place(self, tile, part, thread):
-        """The address in global memory of what a thread adds to a part of a tile, by that one's number among all; parts and tiles follow."""
-        warp = part * WARPS + cute.arch.make_warp_uniform(thread // WARP)
-        return by_vectors(tile_of(self.sums, tile, self.elements), warp, thread % WARP, self.size).iterator.toint()
-
-    @property
-    def tile_bytes(self):
-        return 4 * self.elements
-
     @cute.jit
-    def add(self, acc: cute.Tensor, address, phase, part: Constexpr[int] = 0):
-        """To a `place`, or to that of so many parts later. phase: of the turns' mbarriers."""
+    def add(self, acc: cute.Tensor, tile, phase, part, thread):
+        """To a tile, by its number among all. phase: of the turns' mbarriers. part: of the tile, which acc is."""
         if cutlass.const_expr(self.turns is not None):
             cute.arch.mbarrier_wait(self.turns.granted, phase)
+        warp = part * WARPS + cute.arch.make_warp_uniform(thread // WARP)
+        target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)[None, None, thread % WARP]
         for j in cutlass.range_constexpr(self.size // VECTOR):
-            offset = 4 * WARP * (part * WARPS * self.size + VECTOR * j)
-            add_vector(address, offset, [wgmma.flat(acc)[VECTOR * j + i] for i in range(VECTOR)])
+            add_vector(target[None, j].iterator, [wgmma.flat(acc)[VECTOR * j + i] for i in range(VECTOR)])
         if cutlass.const_expr(self.turns is not None):
             cute.arch.sync_warp()
             if cute.arch.lane_idx() == 0:
@@ -253,11 +244,11 @@ def count_up(address):
     cute.arch.inline_ptx("red.release.gpu.global.add.s32 [{$r0}], 1;", read_only_args=[address])
 
 
-def add_vector(address, offset, numbers):
-    """Adds 4 fp32 numbers to 16 bytes of global memory, at an address that needs no registers but that of the first of many."""
+def add_vector(target, numbers):
+    """Adds 4 fp32 numbers to 16 bytes of global memory."""
     cute.arch.inline_ptx(
-        f"red.relaxed.gpu.global.add.v4.f32 [{{$r0}} + {offset}], {{{{$r1}}, {{$r2}}, {{$r3}}, {{$r4}}}};",
-        read_only_args=[address, *numbers],
+        "red.relaxed.gpu.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[target.toint(), *numbers],
     )
 
 

@@ -35,49 +35,33 @@ class StagedOutput:
         return cls(atom, cute.make_tensor(memory.iterator, staged), O, warpgroups, buffers)
 
     @cute.jit
-    def write(self, acc: cute.Tensor, stage, block, head, batch, index, thread):
+    def write(self, acc: cute.Tensor, stage, block, head, batch, index, thread, free: Constexpr[bool] = False):
         """acc: the fragment of O, 64 rows, number `block` of the head. stage: the one to use.
 
-        index: which of the CTA's warpgroups this is.
+        index: which of the CTA's warpgroups this is. free: whether the stage is known to be, so that nothing need be waited for.
         """
-        for part in cutlass.range_constexpr(self.parts):
-            self.finish(0 if part == 0 else self.buffers - 1)
-            self.put(acc, stage, index, thread, part)
-            publish()
-            self.send(stage, block, head, batch, index, thread, part)
-
-    @property
-    def parts(self):
-        return cute.size(self.O, mode=[1]) // cute.size(self.stages, mode=[1])
-
-    @cute.jit
-    def put(self, acc: cute.Tensor, stage, index, thread, part: Constexpr[int] = 0):
-        """A part into shared memory."""
         shared = self.stages[None, None, None, stage]
         columns = cute.size(shared, mode=[1])
+        parts = cute.size(self.O, mode=[1]) // columns
         op = wgmma.operation(shared.element_type, columns, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
         by_row = cute.group_modes(cute.make_tensor(shared.iterator, cute.select(shared.layout, mode=[0, 2, 1])), 0, 2)
-        rows = cute.local_tile(by_row, (WARPS * WARP_ROWS, columns), (index + part % self.buffers * self.warpgroups, 0))
-        wgmma.store_accumulator(op, wgmma.columns(acc, part, self.parts), rows, thread)
-
-    @cute.jit
-    def send(self, stage, block, head, batch, index, thread, part: Constexpr[int] = 0):
-        """A part, put there and published, to global memory."""
         warp = cute.arch.make_warp_uniform(thread // WARP)
-        tO, gO = tiles.partition(self.atom, self.stages[None, None, None, stage], self.O, head, batch, part)
-        place = (index + part % self.buffers * self.warpgroups) * WARPS + warp
-        policy = Int64(tiles.EVICT_FIRST) if self.streamed else None
-        cute.copy(self.atom, tO[None, place], gO[None, block * WARPS + warp], cache_policy=policy)
-        cute.arch.cp_async_bulk_commit_group()
+        for part in cutlass.range_constexpr(parts):
+            buffer = part % self.buffers
+            if cutlass.const_expr(part > 0 or not free):
+                self.finish(0 if part == 0 else self.buffers - 1)
+            rows = cute.local_tile(by_row, (WARPS * WARP_ROWS, columns), (index + buffer * self.warpgroups, 0))
+            wgmma.store_accumulator(op, wgmma.columns(acc, part, parts), rows, thread)
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+            tO, gO = tiles.partition(self.atom, shared, self.O, head, batch, part)
+            place = (index + buffer * self.warpgroups) * WARPS + warp
+            policy = Int64(tiles.EVICT_FIRST) if self.streamed else None
+            cute.copy(self.atom, tO[None, place], gO[None, block * WARPS + warp], cache_policy=policy)
+            cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def finish(self, but: Constexpr[int] = 0):
         """Waits until TMA has read what the warp stored before, but for so many parts, so that that shared memory is free again."""
         cute.arch.cp_async_bulk_wait_group(but, read=True)
         cute.arch.sync_warp()
-
-
-def publish():
-    """What this warp has stored to shared memory may now be read by TMA and by WGMMAs."""
-    cute.arch.fence_view_async_shared()
-    cute.arch.sync_warp()
