@@ -80,7 +80,7 @@ def expected_wgmmas(config):
 
     Forward: S = Q Kᵀ sums over head_dim, O += P V over tile_n. S stands there for a tile's first keys and in the loop, O in the loop and for a tile's last keys. With overlap, both once
     more for the passage from one tile to the next, where a CTA has several, and for the loop over the keys that a causal mask cuts.
-    Backward: S and dP sum over head_dim, dV and dK over tile_m, each half of dQ over tile_n, and all stand there once; dQ once
+    Backward: S and dP sum over head_dim, dV and dK over tile_m, each part of dQ over tile_n, and all stand there once; dQ once
     more, over half of tile_n, where the other half may be hidden and is left out. In clusters, half of dQ over both CTAs' keys is as much. At head_dim 256 they stand there for a CTA's first tile of queries and in
     the loop, but that dQ may follow a tile later, so in the loop and at the end; each warpgroup has a part of the code of its own, but at
     the end, and dQ stands everywhere for the keys of each CTA of a cluster.
@@ -91,7 +91,7 @@ def expected_wgmmas(config):
         return 4 * (config.head_dim // k + config.tile_m // k) + copies_of_dq * config.cluster * config.tile_n // k
     if config.family == "backward":
         hidden = config.half_hidden and not config.in_pairs
-        return 2 * (config.head_dim // k + config.tile_m // k + config.tile_n // k) + hidden * config.tile_n // k
+        return 2 * (config.head_dim // k + config.tile_m // k) + (config.dq_parts + hidden) * config.tile_n // k
     copies = 2 + (config.overlap and config.scheduler != "single") + (config.overlap and config.mask == "causal")
     return copies * (config.head_dim // k + config.tile_n // k)
 

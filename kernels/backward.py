@@ -258,7 +258,7 @@ class BackwardKernel:
                 cute.arch.mbarrier_init(p_full, WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
                 cute.arch.mbarrier_init(turn_barriers, 1)
-                cute.arch.mbarrier_init(turn_barriers + 1, WARPS if c.in_pairs else 2 * WARPS)
+                cute.arch.mbarrier_init(turn_barriers + 1, c.dq_parts // c.cluster * WARPS)
                 if cutlass.const_expr(c.in_pairs):
                     for i in cutlass.range_constexpr(SCHEDULE_STAGES):
                         cute.arch.mbarrier_init(ready + i, 1)
@@ -484,11 +484,18 @@ class BackwardKernel:
         while position < schedule.tiles.length:
             m_first, m_stop = self.query_tiles(mask, together)
             for _ in cutlass.range((m_stop - m_first) * queries_per_kv, unroll=1):
-                cute.arch.mbarrier_wait(ds_full + at.index, at.phase)
+                self.await_ds(ds_full, at)
                 if cute.arch.lane_idx() == 0:
                     self.send(own, at.index, ds_come, rank)
                 at.advance()
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
+
+    def await_ds(self, ds_full, at):
+        """Waits for what the consumers have of dS; WGMMAs and bulk copies may then read it. The fence is here and not where dS is written, as
+        consumers have no time for it.
+        """
+        cute.arch.mbarrier_wait(ds_full + at.index, at.phase)
+        cute.arch.fence_view_async_shared()
 
     def ds_of(self, sdS, rank):
         """dS of a cluster's CTA, in both buffers."""
@@ -541,10 +548,9 @@ class BackwardKernel:
         part = index if c.cluster == 1 else self.rank() * WARPGROUPS + index
         own_ds = self.own_rows(tiles.transposed(sdS), part)[None, None, 0]
         lse_address, delta_address = (wgmma.address_of_columns(x, thread) for x in rows)
-        if cutlass.const_expr(c.lse_ahead):
-            delta_after = delta_address - lse_address
-            lse_address = wgmma.keep(lse_address)
-            delta_address = lse_address + delta_after
+        delta_after = delta_address - lse_address
+        lse_address = wgmma.keep(lse_address)
+        delta_address = lse_address + delta_after
 
         def operand_a(mma, tile):
             return mma.make_fragment_A(mma.get_slice(0).partition_A(tile))
@@ -643,46 +649,49 @@ class BackwardKernel:
         t.dK.fill(0.0)
         t.dV.fill(0.0)
         t.k_ring.consumer_wait(barriers.at_turn(self.config.k_stages, turn))
-        if cutlass.const_expr(self.config.lse_ahead):
-            self.fetch_lse(t, at)
+        self.fetch_lse(t, at)
 
     @cute.jit
     def compute_dq(self, schedule, mask, waited_for, keys, sdS, adding, thread, queries_per_kv, tiles_of):
-        """One warpgroup: what each tile of keys that the CTA gets adds to dQ, half a tile of dQ at a time."""
+        """One warpgroup: what each tile of keys that the CTA gets adds to dQ, a part of a tile of dQ at a time."""
         c = self.config
         (sK, s_other_k), (k_ring, other_k_ring, ds_full, ds_empty, ds_come), (adder, finished) = keys, waited_for, adding
-        memory = warpgroup.OperandSource.SMEM
-        if cutlass.const_expr(c.dq_by_rows):  # dQ = dS K, 64 queries each
-            op = wgmma.operation(self.dtype, c.head_dim, OperandMajorMode.MN, memory)
-            rows, columns = sdS, tiles.transposed(sK)
-        else:  # dQᵀ = Kᵀ dSᵀ, 64 of head_dim each
-            op = wgmma.operation(self.dtype, c.tile_m, OperandMajorMode.K, memory, OperandMajorMode.MN)
-            rows, columns = tiles.transposed(sK), sdS
+        memory, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
+        queries, _ = c.dq_part
+        op = wgmma.operation(self.dtype, queries, OperandMajorMode.K, memory, OperandMajorMode.MN)  # dQᵀ = Kᵀ dSᵀ
+        kept_op = wgmma.operation(self.dtype, queries, OperandMajorMode.K, registers)
         mma = cute.make_tiled_mma(op)
+        rows, columns = tiles.transposed(sK), sdS
         if cutlass.const_expr(c.in_pairs):  # this CTA's half of head_dim, of its own keys and then of the other's
             rank = self.rank()
             rows = [self.own_rows(rows, rank), tiles.transposed(s_other_k)]
             columns = [self.ds_of(sdS, r) for r in (rank, 1 - rank)]
+        elif cutlass.const_expr(c.head_dim == 64):
+            rows, columns = [rows] * 2, [self.own_rows(columns, half) for half in range(2)]
         else:
             rows, columns = [self.own_rows(rows, half) for half in range(2)], [columns] * 2
+        kept = cute.make_rmem_tensor(cute.make_tiled_mma(kept_op).partition_shape_A((64, max(16, c.keys_in_registers))), self.dtype)
         A = [mma.make_fragment_A(mma.get_slice(0).partition_A(x)) for x in rows]
         B = [mma.make_fragment_B(mma.get_slice(0).partition_B(x)) for x in columns]
-        dQ = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, c.head_dim if c.dq_by_rows else c.tile_m)), Float32)
-        position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
+        dQ = cute.make_rmem_tensor(mma.partition_shape_C((64, queries)), Float32)
+        position, tile, _ = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         n, head_kv, batch = tile
-        k_at, ds_at = barriers.consuming(c.k_stages), barriers.consuming(c.ds_buffers)
+        turn, ds_at = Int32(0), barriers.consuming(c.ds_buffers)
         while position < schedule.tiles.length:
+            k_at = barriers.at_turn(c.k_stages, turn)
             m_first, m_stop = self.query_tiles(mask, n)
-            place = batch * tiles_of[0] + head_kv * tiles_of[1]
+            part = self.rank() if c.in_pairs else 0
+            place = adder.place(batch * tiles_of[0] + head_kv * tiles_of[1], part, thread)
             k_ring.consumer_wait(k_at)
             if cutlass.const_expr(c.in_pairs):
                 other_k_ring.consumer_wait(k_at)
+            elif cutlass.const_expr(c.keys_in_registers > 0):
+                wgmma.load_operand(kept_op, kept, self.kept(sK, k_at.index), thread, transposed=True)
             for h in cutlass.range(queries_per_kv, unroll=1):
-                place += m_first
+                place += Int64(m_first) * adder.tile_bytes
                 for m in cutlass.range(m_first, m_stop, unroll=1):
-                    cute.arch.mbarrier_wait(ds_full + ds_at.index, ds_at.phase)
-                    a_stage, b_stage = (ds_at.index, k_at.index) if c.dq_by_rows else (k_at.index, ds_at.index)
-                    operands = [(a[None, None, None, a_stage], b[None, None, None, b_stage]) for a, b in zip(A, B)]
+                    self.await_ds(ds_full, ds_at)
+                    operands = [(a[None, None, None, k_at.index], b[None, None, None, ds_at.index]) for a, b in zip(A, B)]
                     if cutlass.const_expr(c.in_pairs):
                         if cutlass.const_expr(c.deterministic):  # where a warp keeps the turns, in place of the one that sends
                             if thread == 0:
@@ -697,21 +706,25 @@ class BackwardKernel:
                         if cute.arch.lane_idx() == 0:
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
                             cute.arch.mbarrier_arrive(ds_empty + ds_at.index, 1 - rank)
-                        adder.add(dQ, place, ds_at.index, rank, thread)
+                        adder.add(dQ, place, ds_at.index)
                     else:
-                        for half in cutlass.range_constexpr(2):
-                            if self.hides(mask, n, m, 1):
-                                wgmma.issue(op, dQ, *operands[half], accumulate=False, k=ROWS)
+                        for part in cutlass.range_constexpr(len(operands)):
+                            if cutlass.const_expr(c.keys_in_registers > 0):
+                                wgmma.issue(kept_op, dQ, kept, operands[part][1], accumulate=False)
+                                wgmma.issue(op, dQ, *operands[part], accumulate=True, skip=c.keys_in_registers)
+                                wgmma.wait(0)
+                            elif self.hides(mask, n, m, 1):
+                                wgmma.issue(op, dQ, *operands[part], accumulate=False, k=ROWS)
                                 wgmma.wait(0)
                             else:
-                                wgmma.issue(op, dQ, *operands[half], accumulate=False)
+                                wgmma.issue(op, dQ, *operands[part], accumulate=False)
                                 wgmma.wait(0)
-                            if cutlass.const_expr(half == 1):
+                            if cutlass.const_expr(part == len(operands) - 1):
                                 if cute.arch.lane_idx() == 0:
                                     cute.arch.mbarrier_arrive(ds_empty + ds_at.index)
-                            adder.add(dQ, place, ds_at.index, half, thread)
+                            adder.add(dQ, place, ds_at.index, part)
                     ds_at.advance()
-                    place += 1
+                    place += adder.tile_bytes
             if cutlass.const_expr(c.in_pairs):
                 other_k_ring.consumer_release(k_at)
             else:
@@ -720,8 +733,13 @@ class BackwardKernel:
                 cute.arch.barrier(barrier_id=DQ_BARRIER, number_of_threads=WARPGROUP)
                 if thread == 0:
                     finished.count(head_kv, batch)
-            k_at.advance()
-            position, (n, head_kv, batch), s_at = schedule.hear(position, s_at)
+            position, (n, head_kv, batch), _ = schedule.hear(position, barriers.at_turn(SCHEDULE_STAGES, turn + int(schedule.first_claimed)))
+            turn += 1
+
+    def kept(self, sK, stage):
+        """(head_dim, keys) of K in shared memory: of the keys that dQ's warpgroup has in registers."""
+        c = self.config
+        return cute.local_tile(tiles.transposed(sK)[None, None, stage], (c.head_dim, c.keys_in_registers), (0, 0))
 
     @cute.jit
     def write(self, t: Consumer, tile, outputs, softmax_scale):
@@ -738,16 +756,12 @@ class BackwardKernel:
         """A tile of queries: S, P, dP, dS, dV and dK. last: whether it is the last one for this tile of keys.
 
         ptxas puts the exponentials between dP's WGMMAs. What is loaded from shared memory comes late, as WGMMAs keep it busy: delta is
-        asked for beside dV, and LSE of the next tile of queries, if there are registers for it, beside dK.
+        asked for beside dV, and LSE of the next tile of queries beside dK.
         """
         c = self.config
         K, V = t.K[None, None, None, k_stage], t.V[None, None, None, v_at.index]
         dO, Q = t.dO_of_dV[None, None, None, at.index], t.Q_of_dK[None, None, None, at.index]
-        if cutlass.const_expr(not c.lse_ahead):
-            t.q_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.S, K, t.Q[None, None, None, at.index], accumulate=False)
-        if cutlass.const_expr(not c.lse_ahead):
-            self.load_lse(t, at)
         wgmma.wait(0)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n + t.index * ROWS, m * c.tile_m, t.thread)
@@ -755,16 +769,18 @@ class BackwardKernel:
         t.v_ring.consumer_wait(v_at)
         t.do_ring.consumer_wait(at)
         wgmma.issue(t.kq, t.dP, V, t.dO[None, None, None, at.index], accumulate=False)
-        self.exponentials(t)
-        wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True)
+        for part in [*range(c.dv_parts)]:
+            self.exponentials(t, part)
+            queries = dict(k=c.tile_m * (part + 1) // c.dv_parts, skip=c.tile_m * part // c.dv_parts)
+            wgmma.issue(t.pdo, t.dV, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=True, **queries)
         delta = wgmma.load_columns(t.delta_address + 4 * c.tile_m * at.index, c.tile_m)
-        wgmma.wait(1)
+        wgmma.wait(c.dv_parts)
         self.differentials(t.dP, t.P, delta)
         round_into(t.dS, t.dP)
         cute.arch.mbarrier_wait(t.ds_empty + at.index, at.phase ^ 1)
         wgmma.store_transposed(t.dS, t.ds_address + c.tile_bytes["dS"] * at.index)
         wgmma.issue(t.pdo, t.dK, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=True)
-        self.publish()
+        cute.arch.sync_warp()
         if t.leads:
             cute.arch.mbarrier_arrive(t.ds_full + at.index)
         self.fetch_following_lse(t, at, last)
@@ -780,7 +796,7 @@ class BackwardKernel:
         if cutlass.const_expr(self.config.in_pairs):
             t.dS.fill(0)
             wgmma.store_transposed(t.dS, t.ds_address + self.config.tile_bytes["dS"] * at.index)
-            self.publish()
+            cute.arch.sync_warp()
         if t.leads:
             cute.arch.mbarrier_arrive(t.ds_full + at.index)
         self.fetch_following_lse(t, at, last)
@@ -799,19 +815,15 @@ class BackwardKernel:
 
     @cute.jit
     def fetch_following_lse(self, t: Consumer, at, last):
-        """LSE of the next step, where it is loaded ahead."""
-        if cutlass.const_expr(self.config.lse_ahead):
-            following = at.clone()
-            if not last:  # then begin_tile does it; this tile's is loaded again, and not used
-                following.advance()
-            self.fetch_lse(t, following)
+        """LSE of the next step."""
+        following = at.clone()
+        if not last:  # then begin_tile does it; this tile's is loaded again, and not used
+            following.advance()
+        self.fetch_lse(t, following)
 
     def fetch_lse(self, t: Consumer, at):
-        t.q_ring.consumer_wait(at)
-        self.load_lse(t, at)
-
-    def load_lse(self, t: Consumer, at):
         c = self.config
+        t.q_ring.consumer_wait(at)
         t.lse_log2.store(wgmma.load_columns(t.lse_address + 4 * c.tile_m * at.index, c.tile_m).load())
 
     @cute.jit
@@ -828,9 +840,10 @@ class BackwardKernel:
             flat[i] = flat[i] * factor
 
     @cute.jit
-    def exponentials(self, t: Consumer):
-        """Those become P."""
-        for half in [*range(2)]:
+    def exponentials(self, t: Consumer, part):
+        """A part of those becomes P."""
+        halves = 2 // self.config.dv_parts
+        for half in [*range(halves * part, halves * (part + 1))]:
             S, P = (wgmma.columns(x, half, 2) for x in (t.S, t.P))
             s = wgmma.flat(S)
             for i in [*range(cute.size(s))]:
@@ -843,11 +856,6 @@ class BackwardKernel:
         dp, p = wgmma.flat(dP), widened(P)
         for i in [*range(cute.size(dp))]:
             dp[i] = p[i] * (dp[i] - delta[i % 2, i // 4])
-
-    def publish(self):
-        """What this warp has stored to shared memory may now be read by TMA and by WGMMAs."""
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
 
     def turn(self, mask, m, together):
         """How many tiles of keys (a cluster's count as one) add to dQ of query tile m before this one does, where the order is fixed."""

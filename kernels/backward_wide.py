@@ -165,7 +165,7 @@ class WideBackwardKernel(BackwardKernel):
         if cutlass.const_expr(c.dq_beside == "S"):
             self.issue_dq(t, ds_at)
             wgmma.wait(0)
-            adder.add(t.dQ, tile, p_at.phase, part, t.thread)
+            adder.add(t.dQ, adder.place(tile, part, t.thread), p_at.phase)
         cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V, and have added to dQ
         if cutlass.const_expr(c.counts_finished):
             if t.index == 0 and t.thread == 0:
@@ -199,7 +199,7 @@ class WideBackwardKernel(BackwardKernel):
         c = self.config
         if cutlass.const_expr(c.dq_beside == "S"):
             if cutlass.const_expr(before is not None):
-                adder.add(t.dQ, before, p_at.phase ^ 1, part, t.thread)
+                adder.add(t.dQ, adder.place(before, part, t.thread), p_at.phase ^ 1)
             wgmma.wait(0)
             ring.consumer_release(at)
         else:
@@ -207,7 +207,7 @@ class WideBackwardKernel(BackwardKernel):
             wgmma.wait(c.cluster)
             ring.consumer_release(at)
             wgmma.wait(0)
-            adder.add(t.dQ, tile, p_at.phase, part, t.thread)
+            adder.add(t.dQ, adder.place(tile, part, t.thread), p_at.phase)
 
     @cute.jit
     def of_values(self, t: Consumer, n, m, before, q_at, do_at, ds_at):

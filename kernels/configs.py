@@ -321,9 +321,9 @@ class BackwardConfig:
         return self.dq_warpgroup and self.cluster == 2
 
     @property
-    def lse_ahead(self):
-        """Whether LSE of the next tile of queries is loaded beside this one's dK: where there are registers for it."""
-        return not (self.head_dim == 64 and self.deterministic)
+    def dv_parts(self):
+        """Groups of WGMMAs that dV has in a step: with two the first need not wait for all of P, and ptxas finds registers for LSE."""
+        return 2 if self.head_dim == 64 and self.deterministic else 1
 
     @property
     def half_hidden(self):
@@ -347,14 +347,21 @@ class BackwardConfig:
     @property
     def dq_by_rows(self):
         """Whether an accumulator of dQ has 64 queries for rows; else 64 of head_dim."""
-        return self.tile_m == 128 or self.wide
+        return self.wide
+
+    @property
+    def keys_in_registers(self):
+        """Of the keys of a tile, those whose K dQ's warpgroup has in registers, all that its accumulator leaves: they are then not read from
+        shared memory for each part of dQ.
+        """
+        return 48 if self.head_dim == 64 else 0
 
     @property
     def dq_part(self):
         """(queries, columns) of dQ's tile that an accumulator has."""
         if self.wide:
             return 64, self.head_dim // (2 * self.cluster)
-        return (64, self.head_dim) if self.dq_by_rows else (self.tile_m, 64)
+        return min(self.tile_m, 64), 64
 
     @property
     def dq_parts(self):

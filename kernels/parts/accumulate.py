@@ -161,15 +161,23 @@ class Adder:
     elements: Constexpr[int]  # of a tile
     size: Constexpr[int]  # of a thread's accumulator
 
+    def place(self, tile, part, thread):
+        """The address in global memory of what a thread adds to a part of a tile, by that one's number among all; parts and tiles follow."""
+        warp = part * WARPS + cute.arch.make_warp_uniform(thread // WARP)
+        return by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)[None, None, thread % WARP].iterator.toint()
+
+    @property
+    def tile_bytes(self):
+        return 4 * self.elements
+
     @cute.jit
-    def add(self, acc: cute.Tensor, tile, phase, part, thread):
-        """To a tile, by its number among all. phase: of the turns' mbarriers. part: of the tile, which acc is."""
+    def add(self, acc: cute.Tensor, address, phase, part: Constexpr[int] = 0):
+        """To a `place`, or to that of so many parts later. phase: of the turns' mbarriers."""
         if cutlass.const_expr(self.turns is not None):
             cute.arch.mbarrier_wait(self.turns.granted, phase)
-        warp = part * WARPS + cute.arch.make_warp_uniform(thread // WARP)
-        target = by_vectors(tile_of(self.sums, tile, self.elements), warp, self.size)[None, None, thread % WARP]
         for j in cutlass.range_constexpr(self.size // VECTOR):
-            add_vector(target[None, j].iterator, [wgmma.flat(acc)[VECTOR * j + i] for i in range(VECTOR)])
+            offset = 4 * WARP * (part * WARPS * self.size + VECTOR * j)
+            add_vector(address, offset, [wgmma.flat(acc)[VECTOR * j + i] for i in range(VECTOR)])
         if cutlass.const_expr(self.turns is not None):
             cute.arch.sync_warp()
             if cute.arch.lane_idx() == 0:
@@ -244,11 +252,11 @@ def count_up(address):
     cute.arch.inline_ptx("red.release.gpu.global.add.s32 [{$r0}], 1;", read_only_args=[address])
 
 
-def add_vector(target, numbers):
-    """Adds 4 fp32 numbers to 16 bytes of global memory."""
+def add_vector(address, offset, numbers):
+    """Adds 4 fp32 numbers to 16 bytes of global memory, at an address that needs no registers but that of the first of many."""
     cute.arch.inline_ptx(
-        "red.relaxed.gpu.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-        read_only_args=[target.toint(), *numbers],
+        f"red.relaxed.gpu.global.add.v4.f32 [{{$r0}} + {offset}], {{{{$r1}}, {{$r2}}, {{$r3}}, {{$r4}}}};",
+        read_only_args=[address, *numbers],
     )
 
 

@@ -17,23 +17,23 @@ def operation(dtype, n, b_major, a_source, a_major=OperandMajorMode.K):
 
 
 @cute.jit
-def issue(op: cutlass.Constexpr, acc: cute.Tensor, A: cute.Tensor, B: cute.Tensor, accumulate, k: cutlass.Constexpr = None):
+def issue(op: cutlass.Constexpr, acc: cute.Tensor, A: cute.Tensor, B: cute.Tensor, accumulate, k: cutlass.Constexpr = None, skip: cutlass.Constexpr = 0):
     """acc = A Bᵀ, or acc += A Bᵀ with accumulate (a Python bool, or one of the kernel's), as one group of WGMMAs in flight.
 
-    k: of A's and B's columns, the first so many; all where it is None. Until that is waited for, acc and a register A must not be touched.
+    k: of A's and B's columns, the first so many; all where it is None. skip: but not the first so many. Until that is waited for, acc and a register A must not be touched.
     """
     mma = cute.make_tiled_mma(op)
     warpgroup.fence()
-    for i in cutlass.range_constexpr(cute.size(A, mode=[2]) if k is None else k // 16):
-        mma.set(warpgroup.Field.ACCUMULATE, accumulate if i == 0 else True)
+    for i in cutlass.range_constexpr(skip // 16, cute.size(A, mode=[2]) if k is None else k // 16):
+        mma.set(warpgroup.Field.ACCUMULATE, accumulate if i == skip // 16 else True)
         cute.gemm(mma, acc, A[None, None, i], B[None, None, i], acc)
     warpgroup.commit_group()
 
 
 @cute.jit
-def load_operand(op: cutlass.Constexpr, fragment: cute.Tensor, shared: cute.Tensor, thread):
-    """Operand A (64, k) from shared memory into registers, by ldmatrix."""
-    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), shared.element_type)
+def load_operand(op: cutlass.Constexpr, fragment: cute.Tensor, shared: cute.Tensor, thread, transposed: cutlass.Constexpr[bool] = False):
+    """Operand A (64, k) from shared memory into registers, by ldmatrix. transposed: where A's columns, and not its rows, are contiguous."""
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transposed, 4), shared.element_type)
     copy = cute.make_tiled_copy_A(atom, cute.make_tiled_mma(op)).get_slice(thread)
     cute.copy(copy, copy.partition_S(shared), copy.retile(fragment))
 
