@@ -45,8 +45,8 @@ def flash_attn_func(
         softmax_scale: factor of the scores before the softmax, at most 2 ** 127 in magnitude (below fp32's smallest normal
             number it counts as 0); None means head_dim ** -0.5.
         causal: query i sees keys up to i + seqlen_k - seqlen_q (aligned to the bottom right).
-        deterministic: q's gradient is equal to the last bit from run to run, for which the backward takes up to 1.24
-            times as long (H100, 4k and up); out and the gradients of k and v are anyway.
+        deterministic: q's gradient is equal to the last bit from run to run, for which the backward takes up to 1.16
+            times as long (H200, 4k and up); out and the gradients of k and v are anyway.
         sm_margin: SMs that the forward leaves to other kernels.
         return_attn_probs: also return the log-sum-exp of each row.
         qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits, pack_gqa:
