@@ -82,13 +82,12 @@ def expected_wgmmas(config):
     more for the passage from one tile to the next, where a CTA has several, and for the loop over the keys that a causal mask cuts.
     Backward: S and dP sum over head_dim, dV and dK over tile_m, each part of dQ over tile_n, and all stand there once; dQ once
     more, over half of tile_n, where the other half may be hidden and is left out. In clusters, half of dQ over both CTAs' keys is as much. At head_dim 256 they stand there for a CTA's first tile of queries and in
-    the loop, but that dQ may follow a tile later, so in the loop and at the end; each warpgroup has a part of the code of its own, but at
+    the loop, but that dQ follows a tile later, so in the loop and at the end; each warpgroup has a part of the code of its own, but at
     the end, and dQ stands everywhere for the keys of each CTA of a cluster.
     """
     k = MMA_K[config.dtype]
     if config.family == "backward" and config.wide:
-        copies_of_dq = 3 if config.dq_beside == "S" else 4
-        return 4 * (config.head_dim // k + config.tile_m // k) + copies_of_dq * config.cluster * config.tile_n // k
+        return 4 * (config.head_dim // k + config.tile_m // k) + 3 * config.cluster * config.tile_n // k
     if config.family == "backward":
         hidden = config.half_hidden and not config.in_pairs
         return 2 * (config.head_dim // k + config.tile_m // k) + (config.dq_parts + hidden) * config.tile_n // k

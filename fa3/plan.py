@@ -146,8 +146,8 @@ BACKWARD = {
     (64, "causal"): dict(tile_m=128),
     (128, "none"): dict(),
     (128, "causal"): dict(),
-    (256, "none"): dict(tile_n=64, cluster=2, do_stages=1, dq_beside="dK"),
-    (256, "causal"): dict(tile_n=64, cluster=2, do_stages=1, dq_beside="S"),
+    (256, "none"): dict(tile_n=64, cluster=2),
+    (256, "causal"): dict(tile_n=64, cluster=2),
 }
 BACKWARD_IN_PAIRS = {(128, "none"): dict(cluster=2), (128, "causal"): dict(cluster=2)}  # and where `in_pairs`
 

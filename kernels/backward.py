@@ -108,8 +108,7 @@ class BackwardKernel:
         Q, K, V, O, dO, dQ, dK, dV = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=by_head)) for t in (Q, K, V, O, dO, dQ, dK, dV)
         )
-        q_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.q_stages)
-        do_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.do_stages)
+        q_layout = do_layout = tiles.smem_layout(self.dtype, c.tile_m, c.head_dim, c.query_stages)
         k_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.k_stages)
         v_layout = tiles.smem_layout(self.dtype, c.tile_n, c.head_dim, c.v_stages)
         ds_layout = tiles.smem_layout(self.dtype, c.tile_m, c.tile_n * c.cluster, c.ds_buffers)
@@ -209,38 +208,36 @@ class BackwardKernel:
         warp_index = cute.arch.make_warp_uniform(thread // WARP)
 
         smem = SmemAllocator()
-        q_barriers = smem.allocate_array(cutlass.Int64, 2 * c.q_stages)
-        do_barriers = smem.allocate_array(cutlass.Int64, 2 * c.do_stages)
+        q_barriers = smem.allocate_array(cutlass.Int64, 2 * c.query_stages)
+        do_barriers = smem.allocate_array(cutlass.Int64, 2 * c.query_stages)
         k_barriers = smem.allocate_array(cutlass.Int64, 2 * c.k_stages)
         v_barriers = smem.allocate_array(cutlass.Int64, 2 * c.v_stages)
         other_k_barriers = smem.allocate_array(cutlass.Int64, 2) if c.in_pairs else None
         schedule_barriers = smem.allocate_array(cutlass.Int64, 2 * SCHEDULE_STAGES)
         slots = smem.allocate_tensor(Int32, cute.make_layout((4, SCHEDULE_STAGES)), byte_alignment=16)
-        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers * (1 + c.dq_warpgroup + c.in_pairs))
+        ds_full = smem.allocate_array(cutlass.Int64, c.ds_buffers * 3)
         ds_empty = ds_full + c.ds_buffers
         ds_come = ds_empty + c.ds_buffers
         ready = smem.allocate_array(cutlass.Int64, SCHEDULE_STAGES) if c.in_pairs else None
         p_full = smem.allocate_array(cutlass.Int64, 1)
+        there_empty = smem.allocate_array(cutlass.Int64, 1)
         near_end = smem.allocate_array(cutlass.Int64, 1)
         page = smem.allocate_tensor(Float32, cute.make_layout(accumulate.PAGE), byte_alignment=16)
         turn_barriers = smem.allocate_array(cutlass.Int64, 2)  # granted, added
-        s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.q_stages)), byte_alignment=16)
-        s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.do_stages)), byte_alignment=16)
+        s_lse = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.query_stages)), byte_alignment=16)
+        s_delta = smem.allocate_tensor(Float32, cute.make_layout((c.tile_m, c.query_stages)), byte_alignment=16)
         shared = [self.allocate(smem, layout) for layout in layouts]
         sQ, sdO, sK, sV, sdS = shared
-        s_out, sP, s_other_k = None, None, None
+        s_out, s_other_k = None, None
         if cutlass.const_expr(c.tile_bytes["out"] > 0):
             s_out = smem.allocate_tensor(Int32, cute.make_layout(c.tile_bytes["out"] // 4), byte_alignment=1024)
-        if cutlass.const_expr(c.tile_bytes["P"] > 0):
-            sP = smem.allocate_tensor(Int32, cute.make_layout(c.tile_bytes["P"] // 4), byte_alignment=128)
-
         if cutlass.const_expr(c.cluster == 2):
             s_other_k = self.allocate(smem, tiles.smem_layout(self.dtype, c.tile_n, c.head_dim // 2, 1))
 
         consumer_warps, dq_warps = WARPGROUPS * WARPGROUP // WARP, c.dq_warpgroup * WARPS
         row_bytes = 4 * c.tile_m
-        q_ring = barriers.tma_ring(q_barriers, c.q_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
-        do_ring = barriers.tma_ring(do_barriers, c.do_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
+        q_ring = barriers.tma_ring(q_barriers, c.query_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
+        do_ring = barriers.tma_ring(do_barriers, c.query_stages, c.tile_bytes["Q"] + row_bytes, consumer_warps)
         k_bytes, other_k_ring = c.tile_bytes["K"] + c.tile_bytes["other K"], None
         if cutlass.const_expr(c.in_pairs):  # another's dS comes when it comes, so its K goes later than this CTA's
             k_bytes = c.tile_bytes["K"]
@@ -256,6 +253,7 @@ class BackwardKernel:
                 cpasync.prefetch_descriptor(copy)
             if cute.arch.lane_idx() == 0:
                 cute.arch.mbarrier_init(p_full, WARPS)
+                cute.arch.mbarrier_init(there_empty, WARPGROUPS * WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
                 cute.arch.mbarrier_init(turn_barriers, 1)
                 cute.arch.mbarrier_init(turn_barriers + 1, c.dq_parts // c.cluster * WARPS)
@@ -264,9 +262,8 @@ class BackwardKernel:
                         cute.arch.mbarrier_init(ready + i, 1)
                 for i in cutlass.range_constexpr(c.ds_buffers):
                     cute.arch.mbarrier_init(ds_full + i, c.tile_n // ROWS * WARPS)
-                    if cutlass.const_expr(c.dq_warpgroup):
-                        cute.arch.mbarrier_init(ds_empty + i, WARPS * c.cluster)
-                    if cutlass.const_expr(c.in_pairs):
+                    cute.arch.mbarrier_init(ds_empty + i, WARPGROUPS * WARPS + 1 if c.wide else WARPS * c.cluster)
+                    if cutlass.const_expr(c.cluster == 2):
                         cute.arch.mbarrier_init(ds_come + i, 1)
         cute.arch.mbarrier_init_fence()
         self.meet()
@@ -310,8 +307,10 @@ class BackwardKernel:
             cute.arch.setmaxregister_increase(c.registers[-1])
             outputs = self.outputs(copies[5:], (mdK, mdV), sK, sV, s_out)
             own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
-            rings = q_ring, do_ring, k_ring, v_ring, ds_full, ds_empty if c.dq_warpgroup else p_full
-            exchanged = rings, (sQ, sdO, sK, sV, sdS, sP, s_other_k), (s_lse, s_delta)
+            rings = q_ring, do_ring, k_ring, v_ring, ds_full, ds_empty
+            if cutlass.const_expr(c.wide):
+                rings = *rings, p_full, ds_come, there_empty
+            exchanged = rings, (sQ, sdO, sK, sV, sdS, s_other_k), (s_lse, s_delta)
             self.consume(own, exchanged, schedule, (adder, finished), outputs, scales[0], queries_per_kv, tiles_of)
         if cutlass.const_expr(c.cluster > 1):
             self.meet()  # nobody leaves before what the other sent to its shared memory is there
@@ -373,7 +372,7 @@ class BackwardKernel:
         """
         c = self.config
         (q_ring, do_ring), (load_q, load_do), (Q, dO), (sQ, sdO) = rings, copies, tensors, shared
-        q_at, do_at = barriers.producing(c.q_stages), barriers.producing(c.do_stages)
+        q_at, do_at = barriers.producing(c.query_stages), barriers.producing(c.query_stages)
         position, tile, s_at = schedule.begin(barriers.consuming(SCHEDULE_STAGES))
         together, head_kv, batch = tile
         cute.arch.griddepcontrol_wait()  # for what the kernel before makes: LSE and delta, dQ's zeros, and the counters'
@@ -435,7 +434,7 @@ class BackwardKernel:
             k, v = (TmaSource.of_head(*x, head_kv, batch, policy) for x in zip(rings, copies[:2], tensors[:2], shared[:2]))
             before = k_at.clone()
             k_at = k.bring(n, k_at)
-            if cutlass.const_expr(c.wide and c.cluster == 2):
+            if cutlass.const_expr(c.wide):
                 sides = tiles.partition(copies[2], shared[2], tensors[2], head_kv, batch, self.rank())
                 cute.copy(copies[2], sides[1][None, n ^ 1], sides[0][None, 0], tma_bar_ptr=rings[0].producer_get_barrier(before))
             if cutlass.const_expr(c.scheduler == "dynamic"):

@@ -1,14 +1,18 @@
 """The backward pass at head_dim 256: two warpgroups share a CTA's 64 keys, and each has one of their gradients.
 
 dK or dV of 64 keys takes 128 registers of a warpgroup. One has S, P and dV; the other dP, dS and dK, for which it gets P through
-shared memory; and each half of head_dim of dQ, in a cluster a quarter, for which both get dS so.
+shared memory. CTAs work in clusters of two, which send each other dS; each has half of head_dim of dQ for the keys of both, and each
+of its warpgroups half of that.
+
+dQ of a tile of queries is computed behind S and dP of the next one: so dS has the time to come, and the tensor cores have work while S
+becomes P.
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, pipeline
+from cutlass import Constexpr, Float32, Int32, Int64, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from .backward import ROWS, WARPGROUPS, BackwardKernel
@@ -36,25 +40,26 @@ class Consumer:
     do_ring: pipeline.PipelineTmaAsync
     k_ring: pipeline.PipelineTmaAsync
     v_ring: pipeline.PipelineTmaAsync
-    ds_full: cute.Pointer  # mbarriers: a buffer of dS is in shared memory, and P
-    p_full: cute.Pointer
+    ds_full: cute.Pointer  # mbarriers, which complete once a tile of queries: this CTA's dS is in shared memory,
+    ds_empty: cute.Pointer  # nobody here needs it any more, and the other CTA has it,
+    p_full: cute.Pointer  # P is in dS's place,
+    ds_come: cute.Pointer  # the other CTA's dS has come,
+    there_empty: cute.Pointer  # and that one doesn't need what it was sent any more
     scores: Constexpr  # the WGMMA operation of Sᵀ = K Qᵀ and of dPᵀ = V dOᵀ
     gradient: Constexpr  # of dV += Pᵀ dO and of dK += dSᵀ Q
-    dsk: Constexpr  # of dQ = dS K, half of head_dim
-    lse_log2: cute.Tensor  # (tile_m, stage) shared memory
-    delta: cute.Tensor
-    sP: cute.Tensor  # (4, tile_m / 16) shared memory: this thread's part of P, two numbers in one
-    sdS: cute.Tensor  # (keys of this CTA, tile_m, buffer) shared memory: dSᵀ
+    dsk: Constexpr  # of dQ = dS K, a quarter of head_dim
+    lse_address: Int32  # in shared memory, in the first stage: of what this thread needs of LSE,
+    delta_address: Int32  # of delta,
+    ds_address: Int32  # and where its part of Pᵀ and dSᵀ goes
+    sdS: cute.Tensor  # (keys of this CTA, tile_m) shared memory: dSᵀ
     K: cute.Tensor  # operands in shared memory, of the product that is named first
     Q: cute.Tensor
     V: cute.Tensor
     dO: cute.Tensor
     dO_of_dV: cute.Tensor
     Q_of_dK: cute.Tensor
-    dS_of_dQ: cute.Tensor  # (..., buffer)
-    K_of_dQ: cute.Tensor
-    other_dS_of_dQ: cute.Tensor | None  # the same of the other CTA's keys
-    other_K_of_dQ: cute.Tensor | None
+    dS_of_dQ: tuple[cute.Tensor, cute.Tensor]  # of this CTA's keys and of the other's
+    K_of_dQ: tuple[cute.Tensor, cute.Tensor]
     S: cute.Tensor  # registers: S, or dP
     P: cute.Tensor  # rounded
     dS: cute.Tensor
@@ -68,7 +73,7 @@ class WideBackwardKernel(BackwardKernel):
     def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
         """A consumer warpgroup with its operands laid out."""
         c = self.config
-        sQ, sdO, sK, sV, sdS, sP, s_other_k = shared
+        sQ, sdO, sK, sV, sdS, s_other_k = shared
         K_MAJOR, MN_MAJOR = OperandMajorMode.K, OperandMajorMode.MN
         registers, memory = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         columns = c.dq_part[1]
@@ -87,15 +92,16 @@ class WideBackwardKernel(BackwardKernel):
         def accumulator(mma, columns, dtype=Float32):
             return cute.make_rmem_tensor(mma.partition_shape_C((ROWS, columns)), dtype)
 
-        own_p = cute.make_layout((4, c.tile_m // 16), stride=(1, 4 * WARPGROUP))
-        part = rank * WARPGROUPS + index  # of head_dim
-        own_columns = cute.local_tile(tiles.transposed(sK), (columns, c.tile_n, 1), (part, 0, 0))
-        of_keys = (c.tile_m, c.tile_n, c.ds_buffers)
-        other_dS, other_K = None, None
-        if cutlass.const_expr(c.cluster == 2):
-            other_dS = operand_a(dsk, cute.local_tile(sdS, of_keys, (0, 1 - rank, 0)))
-            other_columns = cute.local_tile(tiles.transposed(s_other_k), (columns, c.tile_n, 1), (index, 0, 0))
-            other_K = operand_b(dsk, other_columns)[None, None, None, 0]
+        def columns_of(shared, part):
+            return cute.local_tile(tiles.transposed(shared), (columns, c.tile_n, 1), (part, 0, 0))
+
+        dS = [self.ds_of(sdS, r) for r in (rank, 1 - rank)]
+        own_ds = tiles.transposed(dS[0])[None, None, 0]
+        parts_of_k = [columns_of(sK, rank * WARPGROUPS + index), columns_of(s_other_k, index)]
+        lse_address, delta_address = (wgmma.address_of_columns(x, thread) for x in rows)
+        delta_after = delta_address - lse_address
+        lse_address = wgmma.keep(lse_address)
+        delta_address = lse_address + delta_after
         return Consumer(
             index,
             thread,
@@ -106,19 +112,18 @@ class WideBackwardKernel(BackwardKernel):
             scores_op,
             gradient_op,
             dsk_op,
-            *rows,
-            sP=cute.make_tensor(sP.iterator + 4 * thread, own_p),
-            sdS=tiles.transposed(cute.local_tile(sdS, of_keys, (0, rank, 0))),
+            lse_address,
+            delta_address,
+            ds_address=wgmma.keep(wgmma.address_of_transposed(scores_op, own_ds, thread)),
+            sdS=own_ds,
             K=operand_a(scores, sK)[None, None, None, 0],
             Q=operand_b(scores, sQ),
             V=operand_a(scores, sV)[None, None, None, 0],
             dO=operand_b(scores, sdO),
             dO_of_dV=operand_b(gradient, tiles.transposed(sdO)),
             Q_of_dK=operand_b(gradient, tiles.transposed(sQ)),
-            dS_of_dQ=operand_a(dsk, cute.local_tile(sdS, of_keys, (0, rank, 0))),
-            K_of_dQ=operand_b(dsk, own_columns)[None, None, None, 0],
-            other_dS_of_dQ=other_dS,
-            other_K_of_dQ=other_K,
+            dS_of_dQ=tuple(operand_a(dsk, x)[None, None, None, 0] for x in dS),
+            K_of_dQ=tuple(operand_b(dsk, x)[None, None, None, 0] for x in parts_of_k),
             S=accumulator(scores, c.tile_m),
             P=accumulator(scores, c.tile_m, self.dtype),
             dS=accumulator(scores, c.tile_m, self.dtype),
@@ -135,37 +140,32 @@ class WideBackwardKernel(BackwardKernel):
 
     @cute.jit
     def consume(self, own, exchanged, schedule, adding, outputs, softmax_scale, queries_per_kv, tiles_of):
-        """One warpgroup: dV or dK of the CTA's keys, and half of what they add to dQ."""
+        """One warpgroup: dV or dK of the CTA's keys, and a quarter of what the cluster's add to dQ."""
         c = self.config
         adder, finished = adding
         t = self.consumer(*own, *exchanged)
         together, head_kv, batch = schedule.tiles.tile(schedule.first())
         m_first, m_stop = self.query_tiles(t.mask, together)
         n = self.own_keys(together)
-        q_at, do_at = barriers.consuming(c.q_stages), barriers.consuming(c.do_stages)
-        ds_at, p_at, kv_at = barriers.consuming(c.ds_buffers), barriers.consuming(1), barriers.consuming(1)
+        at, kv_at = barriers.consuming(c.query_stages), barriers.consuming(1)
         t.k_ring.consumer_wait(kv_at)
         t.v_ring.consumer_wait(kv_at)
         count = (m_stop - m_first) * queries_per_kv  # at least 1, as a tile has keys that the last query sees
-        m, tile = m_first, batch * tiles_of[0] + head_kv * tiles_of[1] + m_first
-        part = t.rank * WARPGROUPS + t.index
-        self.step(t, n, m, tile, None, adder, part, (q_at, do_at, ds_at, p_at))
+        m, part = m_first, t.rank * WARPGROUPS + t.index
+        place = adder.place(batch * tiles_of[0] + head_kv * tiles_of[1] + m_first, part, t.thread)
+        self.step(t, n, m, None, adder, at)
         for i in cutlass.range(1, count, unroll=1):
-            before = tile
-            q_at.advance()
-            do_at.advance()
-            ds_at.advance()
-            p_at.advance()
+            before = place
+            at.advance()
             m += 1
-            tile += 1
+            place += adder.tile_bytes
             if m == m_stop:
                 m = m_first
-                tile += m_first
-            self.step(t, n, m, tile, before, adder, part, (q_at, do_at, ds_at, p_at))
-        if cutlass.const_expr(c.dq_beside == "S"):
-            self.issue_dq(t, ds_at)
-            wgmma.wait(0)
-            adder.add(t.dQ, adder.place(tile, part, t.thread), p_at.phase)
+                place += Int64(m_first) * adder.tile_bytes
+            self.step(t, n, m, before, adder, at)
+        self.issue_dq(t, at.index)
+        wgmma.wait(0)
+        adder.add(t.dQ, place, at.index)
         cute.arch.barrier(barrier_id=ALL_BARRIER, number_of_threads=WARPGROUPS * WARPGROUP)  # all have done with K and V, and have added to dQ
         if cutlass.const_expr(c.counts_finished):
             if t.index == 0 and t.thread == 0:
@@ -180,54 +180,46 @@ class WideBackwardKernel(BackwardKernel):
         t.v_ring.consumer_release(kv_at)
 
     @cute.jit
-    def step(self, t: Consumer, n, m, tile, before, adder, part, places):
-        """A tile of queries; its dQ or, beside S, that of the tile before, as all of that one's dS is there by now.
-
-        tile, before: their numbers among all; `before` is None where there was none. part: of dQ's tile, which this warpgroup has.
-        """
-        q_at, do_at, ds_at, p_at = places
+    def step(self, t: Consumer, n, m, before, adder, at):
+        """A tile of queries, and dQ of the tile before, which goes to the place `before`; None where there is no such tile."""
         if t.index == 0:
-            self.of_values(t, n, m, before, q_at, do_at, ds_at)
-            self.finish_step(t, tile, before, adder, part, ds_at, p_at, t.do_ring, do_at)
+            self.of_values(t, n, m, before, at)
+            self.finish_step(t, before, adder, at, t.do_ring)
         else:
-            self.of_keys(t, before, q_at, do_at, ds_at, p_at)
-            self.finish_step(t, tile, before, adder, part, ds_at, p_at, t.q_ring, q_at)
+            self.of_keys(t, before, at)
+            self.finish_step(t, before, adder, at, t.q_ring)
 
     @cute.jit
-    def finish_step(self, t: Consumer, tile, before, adder, part, ds_at, p_at, ring, at):
-        """Waits for dV, or dK, so that dO's stage, or Q's, is free; and adds dQ."""
-        c = self.config
-        if cutlass.const_expr(c.dq_beside == "S"):
-            if cutlass.const_expr(before is not None):
-                adder.add(t.dQ, adder.place(before, part, t.thread), p_at.phase ^ 1)
-            wgmma.wait(0)
-            ring.consumer_release(at)
-        else:
-            self.issue_dq(t, ds_at)
-            wgmma.wait(c.cluster)
-            ring.consumer_release(at)
-            wgmma.wait(0)
-            adder.add(t.dQ, adder.place(tile, part, t.thread), p_at.phase)
+    def finish_step(self, t: Consumer, before, adder, at, ring):
+        """Adds dQ of the tile before, and waits for dV, or dK, so that dO's stage, or Q's, is free."""
+        if cutlass.const_expr(before is not None):
+            adder.add(t.dQ, before, at.index ^ 1)
+        wgmma.wait(0)
+        ring.consumer_release(at)
 
     @cute.jit
-    def of_values(self, t: Consumer, n, m, before, q_at, do_at, ds_at):
+    def of_values(self, t: Consumer, n, m, before, at):
         """The first warpgroup, one tile of queries: S, P, and dV, which is in flight then."""
         c = self.config
-        t.q_ring.consumer_wait(q_at)
-        wgmma.issue(t.scores, t.S, t.K, t.Q[None, None, None, q_at.index], accumulate=False)
-        lse = wgmma.load_by_columns(t.lse_log2[None, q_at.index], t.thread)
-        self.finish_scores(t, before, ds_at)
+        t.q_ring.consumer_wait(at)
+        wgmma.issue(t.scores, t.S, t.K, t.Q[None, None, None, at.index], accumulate=False)
+        lse = wgmma.load_columns(t.lse_address + 4 * c.tile_m * at.index, c.tile_m)
+        self.follow_with_dq(t, before, at)
+        wgmma.wait(0 if before is None else c.cluster)
         if t.mask.cuts(m, n):
             t.mask.apply_transposed(t.S, n * c.tile_n, m * c.tile_m, t.thread)
         self.exponentials(t, lse)
         round_into(t.P, t.S)
-        t.do_ring.consumer_wait(do_at)  # dP needs it too; and here it keeps the compiler from waiting for dQ before it computes P
+        t.do_ring.consumer_wait(at)  # dP needs it too; and here it keeps the compiler from waiting for dQ before it computes P
         wgmma.wait(0)
-        cute.autovec_copy(self.pairs(t, t.P), t.sP)
+        if cutlass.const_expr(before is not None):
+            self.hand_back_ds(t)
+            cute.arch.mbarrier_wait(t.ds_empty, at.index ^ 1)
+        wgmma.store_transposed(t.P, t.ds_address)
         self.arrive(t.p_full)
-        dO = t.dO_of_dV[None, None, None, do_at.index]
+        dO = t.dO_of_dV[None, None, None, at.index]
         wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.P, c.tile_m), dO, accumulate=before is not None)
-        t.q_ring.consumer_release(q_at)  # not before a WGMMA that waits for P, and so for the load of LSE
+        t.q_ring.consumer_release(at)  # not before a WGMMA that waits for P, and so for the load of LSE
 
     @cute.jit
     def exponentials(self, t: Consumer, lse_log2: cute.Tensor):
@@ -237,39 +229,32 @@ class WideBackwardKernel(BackwardKernel):
             s[i] = exp2(s[i] * t.scale_log2 - lse_log2[i % 2, i // 4])
 
     @cute.jit
-    def of_keys(self, t: Consumer, before, q_at, do_at, ds_at, p_at):
+    def of_keys(self, t: Consumer, before, at):
         """The second warpgroup, one tile of queries: dP, dS, and dK, which is in flight then."""
         c = self.config
-        t.do_ring.consumer_wait(do_at)
-        wgmma.issue(t.scores, t.S, t.V, t.dO[None, None, None, do_at.index], accumulate=False)
-        delta = wgmma.load_by_columns(t.delta[None, do_at.index], t.thread)
-        self.finish_scores(t, before, ds_at)
-        cute.arch.mbarrier_wait(t.p_full, p_at.phase)
-        cute.autovec_copy(t.sP, self.pairs(t, t.P))
+        t.do_ring.consumer_wait(at)
+        wgmma.issue(t.scores, t.S, t.V, t.dO[None, None, None, at.index], accumulate=False)
+        delta = wgmma.load_columns(t.delta_address + 4 * c.tile_m * at.index, c.tile_m)
+        self.follow_with_dq(t, before, at)
+        wgmma.wait(0)
+        if cutlass.const_expr(before is not None):
+            self.hand_back_ds(t)
+        cute.arch.mbarrier_wait(t.p_full, at.index)
+        wgmma.load_transposed(t.P, t.ds_address)
         self.differentials(t.S, t.P, delta)
         round_into(t.dS, t.S)
-        wgmma.wait(0)
-        wgmma.store_rounded(t.scores, t.dS, t.sdS[None, None, ds_at.index], t.thread, transposed=True)
-        cute.arch.fence_view_async_shared()
-        self.hand_over_ds(t, ds_at)
-        t.q_ring.consumer_wait(q_at)
-        Q = t.Q_of_dK[None, None, None, q_at.index]
+        wgmma.store_transposed(t.dS, t.ds_address)  # where this warp, and no other, has read P
+        self.hand_over_ds(t, before, at)
+        t.q_ring.consumer_wait(at)
+        Q = t.Q_of_dK[None, None, None, at.index]
         wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=before is not None)
-        t.do_ring.consumer_release(do_at)  # likewise for delta
+        t.do_ring.consumer_release(at)  # likewise for delta
 
     @cute.jit
-    def finish_scores(self, t: Consumer, before, ds_at):
-        """Waits for S, or dP, and has dQ of the tile before computed behind it, if that is its place."""
-        c = self.config
-        if cutlass.const_expr(before is None or c.dq_beside != "S"):
-            wgmma.wait(0)
-        else:
-            self.issue_dq(t, barriers.before(ds_at))
-            wgmma.wait(c.cluster)
-
-    def pairs(self, t, fragment):
-        """A rounded fragment as sP has it."""
-        return cute.make_tensor(cute.recast_tensor(fragment, Int32).iterator, t.sP.shape)
+    def follow_with_dq(self, t: Consumer, before, at):
+        """Has dQ of the tile before computed behind S, or dP."""
+        if cutlass.const_expr(before is not None):
+            self.issue_dq(t, at.index ^ 1)
 
     @cute.jit
     def arrive(self, barrier):
@@ -279,29 +264,33 @@ class WideBackwardKernel(BackwardKernel):
             cute.arch.mbarrier_arrive(barrier)
 
     @cute.jit
-    def hand_over_ds(self, t: Consumer, ds_at):
-        """Says that this warp's part of dS is there; in a cluster the warpgroup sends it to the other CTA too, and expects that one's.
-
-        A buffer of the other's is free again: its dS of the tile before, which has come, was handed over after dQ of the one before that,
-        by this warpgroup, and by the first one, as that hands over P after it.
-        """
-        c = self.config
-        barrier = t.ds_full + ds_at.index
-        if cutlass.const_expr(c.cluster == 1):
-            self.arrive(barrier)
-        else:
-            size = c.tile_m * c.tile_n * 2
-            cute.arch.barrier(barrier_id=OWN_BARRIER, number_of_threads=WARPGROUP)
-            if t.thread == 0:
-                barriers.send(t.sdS[None, None, ds_at.index].iterator, size, barrier, 1 - t.rank)
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
-            elif cute.arch.lane_idx() == 0:
-                cute.arch.mbarrier_arrive(barrier)
+    def hand_back_ds(self, t: Consumer):
+        """Says that this warp doesn't need dS any more, nor what came of it."""
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(t.ds_empty)
+            cute.arch.mbarrier_arrive(t.there_empty, 1 - t.rank)
 
     @cute.jit
-    def issue_dq(self, t, ds_at):
+    def hand_over_ds(self, t: Consumer, before, at):
+        """Says that dS is there, sends it to the other CTA, and expects that one's."""
+        c = self.config
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=OWN_BARRIER, number_of_threads=WARPGROUP)
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(t.ds_full)
+        if t.thread == 0:
+            size = c.tile_m * c.tile_n * 2
+            cute.arch.mbarrier_arrive_and_expect_tx(t.ds_come, size)
+            if cutlass.const_expr(before is not None):
+                cute.arch.mbarrier_wait(t.there_empty, at.index ^ 1)
+            barriers.send(t.sdS.iterator, size, t.ds_come, 1 - t.rank)
+
+    @cute.jit
+    def issue_dq(self, t, phase):
         """dQ = dS K, in flight, once dS is there: a group of WGMMAs for each CTA's keys."""
-        cute.arch.mbarrier_wait(t.ds_full + ds_at.index, ds_at.phase)
-        wgmma.issue(t.dsk, t.dQ, t.dS_of_dQ[None, None, None, ds_at.index], t.K_of_dQ, accumulate=False)
-        if cutlass.const_expr(self.config.cluster == 2):
-            wgmma.issue(t.dsk, t.dQ, t.other_dS_of_dQ[None, None, None, ds_at.index], t.other_K_of_dQ, accumulate=True)
+        cute.arch.mbarrier_wait(t.ds_full, phase)
+        wgmma.issue(t.dsk, t.dQ, t.dS_of_dQ[0], t.K_of_dQ[0], accumulate=False)
+        cute.arch.mbarrier_wait(t.ds_come, phase)
+        if t.index == 0 and t.thread == 0:
+            cute.arch.mbarrier_arrive(t.ds_empty, 1 - t.rank)  # what that CTA sent has come
+        wgmma.issue(t.dsk, t.dQ, t.dS_of_dQ[1], t.K_of_dQ[1], accumulate=True)

@@ -249,10 +249,7 @@ class BackwardConfig:
     mask: "none", or "causal" aligned to the bottom right.
     tile_m: queries of one step of the mainloop.
     tile_n: keys a CTA owns: 64 at head_dim 256, else 128.
-    q_stages, do_stages: tiles of Q, and of dO, that are in flight; 2 but at head_dim 256.
-    cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1 or 2; at head_dim 64 only 1.
-    dq_beside: what a tile's dQ is computed beside: "nothing", as a warpgroup of its own has it; at head_dim 256 "S" of the tile of queries
-        after it, or "dK" of its own.
+    cluster: CTAs that exchange dS, and so add up dQ of all their keys before it goes to memory: 1 at head_dim 64, 2 at 256, else either.
     deterministic: key tiles add to dQ in a fixed order.
     """
 
@@ -261,14 +258,11 @@ class BackwardConfig:
     mask: str = "none"
     tile_m: int = 64
     tile_n: int = 128
-    q_stages: int = 2
-    do_stages: int = 2
     cluster: int = 1
-    dq_beside: str = "nothing"
     deterministic: bool = False
 
     family = "backward"
-    ds_buffers = 2  # places for dS in shared memory: so one barrier a step is enough
+    query_stages = 2  # tiles of Q, and of dO, in flight
 
     def __post_init__(self):
         one_of = partial(_one_of, self)
@@ -276,12 +270,7 @@ class BackwardConfig:
         one_of("head_dim", (64, 128, 256))
         one_of("mask", ("none", "causal"))
         one_of("tile_n", (64,) if self.wide else (128,))
-        stages = (1, 2, 3, 4) if self.wide else (2,)  # Q, dO and dS go round together there
-        one_of("q_stages", stages)
-        one_of("do_stages", stages)
-        one_of("cluster", (1,) if self.head_dim == 64 else (1, 2))
-        at_256 = ("dK",) if self.cluster == 1 else ("S", "dK")  # without a cluster, dQ has too many registers to lie beside S
-        one_of("dq_beside", at_256 if self.wide else ("nothing",))
+        one_of("cluster", {64: (1,), 128: (1, 2), 256: (2,)}[self.head_dim])  # at 256 dQ needs too many registers of one CTA alone
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(
@@ -319,6 +308,11 @@ class BackwardConfig:
     def in_pairs(self):
         """Whether CTAs work in pairs that send dS to each other's dQ warpgroup; in clusters at head_dim 256 the consumers have dQ."""
         return self.dq_warpgroup and self.cluster == 2
+
+    @property
+    def ds_buffers(self):
+        """Places for dS in shared memory: with two, one barrier a step is enough; at head_dim 256 there is room for one, where P comes too."""
+        return 1 if self.wide else 2
 
     @property
     def dv_parts(self):
@@ -401,7 +395,7 @@ class BackwardConfig:
     @property
     def tile_bytes(self):
         """Bytes of the shared-memory tiles: one stage of Q (or dO), K (or V), one buffer of dS; and, or 0, what dK and dV leave through,
-        P, and the columns of K that belong to the other CTA's keys and this one's part of dQ.
+        and the columns of K that belong to the other CTA's keys and this one's part of dQ.
         """
         element = DTYPE_BYTES[self.dtype]
         keys = self.tile_n * self.head_dim * element
@@ -411,7 +405,6 @@ class BackwardConfig:
             "dS": self.tile_m * self.tile_n * self.cluster * element,
             "other K": self.tile_n * self.head_dim // 2 * element if self.cluster == 2 else 0,
             "out": 0 if self.wide else self.tile_n * self.out_columns * element * (1 + self.outputs_abreast),
-            "P": self.tile_m * self.tile_n * element if self.wide else 0,
         }
 
     @property
@@ -419,14 +412,14 @@ class BackwardConfig:
         """mbarriers of the stages of K, V, Q, dO and the schedule, full and empty, and of dS, P, claims and turns; the schedule's slots;
         a page of zeros; LSE and delta of the stages; padded.
         """
-        stages = self.q_stages + self.do_stages
+        stages = 2 * self.query_stages
         rings = 8 * 2 * (self.k_stages + self.v_stages + self.in_pairs + stages + SCHEDULE_STAGES) + 16 * SCHEDULE_STAGES
         page = 4 * 128
-        return -(-(rings + 8 * (self.ds_buffers * (1 + self.dq_warpgroup + self.in_pairs) + 4) + page + 4 * self.tile_m * stages) // 1024) * 1024
+        return -(-(rings + 8 * (self.ds_buffers * 3 + 5) + page + 4 * self.tile_m * stages) // 1024) * 1024
 
     @property
     def shared_memory(self):
         """Bytes of dynamic shared memory a CTA asks for."""
         t = self.tile_bytes
-        queries, keys = (self.q_stages + self.do_stages) * t["Q"], (self.k_stages + self.v_stages) * t["K"]
-        return self.barrier_bytes + queries + keys + t["other K"] + self.ds_buffers * t["dS"] + t["out"] + t["P"]
+        queries, keys = 2 * self.query_stages * t["Q"], (self.k_stages + self.v_stages) * t["K"]
+        return self.barrier_bytes + queries + keys + t["other K"] + self.ds_buffers * t["dS"] + t["out"]

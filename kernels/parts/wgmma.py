@@ -76,6 +76,20 @@ def store_transposed(rounded: cute.Tensor, address):
         )
 
 
+@cute.jit
+def load_transposed(rounded: cute.Tensor, address):
+    """What `store_transposed` has stored, back into the same registers."""
+    pairs = cute.recast_tensor(flat(rounded), Int32)
+    for i in [*range(cute.size(pairs) // 4)]:
+        loaded = cute.arch.inline_ptx(
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+            write_only_types=[Int32] * 4,
+            read_only_args=[address + i * 16 * 128],
+        )
+        for j in [*range(4)]:
+            pairs[4 * i + j] = loaded[j]
+
+
 def keep(number):
     """The same number, which ptxas keeps in a register from here on.
 
