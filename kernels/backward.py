@@ -255,7 +255,7 @@ class BackwardKernel:
                 cute.arch.mbarrier_init(p_full, WARPS)
                 cute.arch.mbarrier_init(there_empty, WARPGROUPS * WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
-                cute.arch.mbarrier_init(turn_barriers, 1)
+                cute.arch.mbarrier_init(turn_barriers, 1 + c.turns_kept_by_two)
                 cute.arch.mbarrier_init(turn_barriers + 1, c.dq_parts // c.cluster * WARPS)
                 if cutlass.const_expr(c.in_pairs):
                     for i in cutlass.range_constexpr(SCHEDULE_STAGES):
@@ -288,7 +288,9 @@ class BackwardKernel:
             elif warp_index == 1:
                 self.produce_keys(schedule, zeros, (k_ring, v_ring, other_k_ring), copies[2:5], (K, V, other_K), (sK, sV, s_other_k))
             elif warp_index == 2:
-                if cutlass.const_expr(c.deterministic):
+                if cutlass.const_expr(c.turns_kept_by_two):
+                    self.keep_turns_by_two(schedule, mask, turns, queries_per_kv, grants=True)
+                elif cutlass.const_expr(c.deterministic):
                     self.keep_turns(schedule, mask, turns, queries_per_kv)
                 elif cutlass.const_expr(c.in_pairs):
                     self.send_ds(schedule, mask, (ds_full, ds_come), sdS, queries_per_kv)
@@ -299,6 +301,8 @@ class BackwardKernel:
                     self.claim_together(schedule, near_end, zeros)
                 else:
                     self.claim(schedule, near_end, zeros)
+            elif cutlass.const_expr(c.turns_kept_by_two):
+                self.keep_turns_by_two(schedule, mask, turns, queries_per_kv, grants=False)
         elif c.dq_warpgroup and warpgroup_index > WARPGROUPS:
             cute.arch.setmaxregister_decrease(c.registers[1])
             waited_for = k_ring, other_k_ring, ds_full, ds_empty, ds_come
@@ -536,6 +540,24 @@ class BackwardKernel:
                     known = turns.take(turns.tile(m, head_kv * queries_per_kv + h, batch), turn, known, following, phase)
                     phase ^= 1
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
+
+    @cute.jit
+    def keep_turns_by_two(self, schedule, mask, turns, queries_per_kv, grants: Constexpr[bool]):
+        """The same by two warps, where a CTA has one tile of keys: one waits for turns, the other passes them on, which takes as long."""
+        together, head_kv, batch = schedule.tiles.tile(schedule.first())
+        cute.arch.griddepcontrol_wait()
+        m_first, m_stop = self.query_tiles(mask, together)
+        phase = Int32(0)
+        if cutlass.const_expr(not grants):
+            turns.begin()
+        for h in cutlass.range(queries_per_kv, unroll=1):
+            for m in cutlass.range(m_first, m_stop, unroll=1):
+                tile = turns.tile(m, head_kv * queries_per_kv + h, batch)
+                if cutlass.const_expr(grants):
+                    turns.grant(tile, self.turn(mask, m, together), phase)
+                else:
+                    turns.pass_on(tile, phase)
+                phase ^= 1
 
     def consumer(self, index, thread, mask, scale_log2, rings, shared, rows):
         """A consumer warpgroup with its operands laid out."""

@@ -315,6 +315,11 @@ class BackwardConfig:
         return 1 if self.wide else 2
 
     @property
+    def turns_kept_by_two(self):
+        """Whether, where the order is fixed, one warp waits for turns to add to dQ and another one passes them on: where two have nothing to do."""
+        return self.deterministic and self.wide
+
+    @property
     def dv_parts(self):
         """Groups of WGMMAs that dV has in a step: with two the first need not wait for all of P, and ptxas finds registers for LSE."""
         return 2 if self.head_dim == 64 and self.deterministic else 1

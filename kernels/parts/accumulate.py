@@ -121,7 +121,7 @@ class Turns:
     """Who adds to a tile when, where the order is fixed: kept by a warp of its own, so that the others wait for shared memory only."""
 
     counts: cute.Tensor  # (batch, heads, tiles · parts) int32, zeros at first: how many have added
-    granted: cute.Pointer  # mbarriers: it is this CTA's turn, and its warps have added
+    granted: cute.Pointer  # mbarriers: it is this CTA's turn, which one warp or two say, and its warps have added
     added: cute.Pointer
     parts: Constexpr[int]  # of a tile that are counted, each the part of one CTA of a cluster
     part: Int32  # which this CTA has
@@ -146,6 +146,36 @@ class Turns:
             cute.arch.inline_ptx("red.relaxed.gpu.global.add.s32 [{$r0}], 1;", read_only_args=[count])
         cute.arch.sync_warp()
         return seen == following
+
+    @cute.jit
+    def begin(self):
+        """The warp that passes turns on, before anything else: as far as it goes, the CTA may add to its first tile."""
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(self.granted)
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def grant(self, tile, turn, phase):
+        """A warp, in place of `take`: has what the CTA computes next added to a tile, once `turn` others have added to it. Another warp must
+        `pass_on` each of these turns.
+        """
+        if cute.arch.lane_idx() == 0:
+            await_count(self.place(tile), turn)
+            cute.arch.mbarrier_wait(self.added, phase ^ 1)  # to the tile before: or this would count for that one's turn
+            cute.arch.mbarrier_arrive(self.granted)
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def pass_on(self, tile, phase):
+        """A warp: once the CTA has added to a tile, it is the next one's turn."""
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_wait(self.added, phase)
+            cute.arch.mbarrier_arrive(self.granted)  # the tile after it, as far as this warp goes: so it isn't left behind
+            count_up(self.place(tile))
+        cute.arch.sync_warp()
+
+    def place(self, tile):
+        return self.counts.iterator.toint() + (Int64(tile) * self.parts + self.part) * 4
 
     def tile(self, m, head, batch):
         """The number that `take` knows tile m of a head by."""

@@ -31,7 +31,7 @@ OTHERS = [  # configs that nobody ships, for the formulas
     BackwardConfig(tile_m=48, mask="causal"),
     BackwardConfig(head_dim=64, tile_m=128),
     BackwardConfig(head_dim=64, tile_m=128, deterministic=True, mask="causal"),
-    BackwardConfig(head_dim=256, tile_m=64, tile_n=64, cluster=2, do_stages=1, dq_beside="S", mask="causal"),
+    BackwardConfig(head_dim=256, tile_n=64, cluster=2, deterministic=True, mask="causal"),
 ]
 
 
@@ -170,7 +170,7 @@ BROKEN = {
 
 
 def test_several_kernels_are_read_as_one_call():
-    config = BackwardConfig(head_dim=256, tile_n=64, dq_beside="dK")
+    config = BackwardConfig(head_dim=256, tile_n=64, cluster=2)
     small = USAGE.replace("REG:168", "REG:32").replace("STACK:0", "STACK:8")
     ptx = PTX + PTX.replace("384", "256")
     both = host(config.shared_memory) + host(8192)
