@@ -220,7 +220,7 @@ class BackwardKernel:
         ds_come = ds_empty + c.ds_buffers
         ready = smem.allocate_array(cutlass.Int64, SCHEDULE_STAGES) if c.in_pairs else None
         p_full = smem.allocate_array(cutlass.Int64, 1)
-        there_empty = smem.allocate_array(cutlass.Int64, 1)
+        remote_ds_empty = smem.allocate_array(cutlass.Int64, 1)
         near_end = smem.allocate_array(cutlass.Int64, 1)
         page = smem.allocate_tensor(Float32, cute.make_layout(accumulate.PAGE), byte_alignment=16)
         turn_barriers = smem.allocate_array(cutlass.Int64, 2)  # granted, added
@@ -253,7 +253,7 @@ class BackwardKernel:
                 cpasync.prefetch_descriptor(copy)
             if cute.arch.lane_idx() == 0:
                 cute.arch.mbarrier_init(p_full, WARPS)
-                cute.arch.mbarrier_init(there_empty, WARPGROUPS * WARPS)
+                cute.arch.mbarrier_init(remote_ds_empty, WARPGROUPS * WARPS)
                 cute.arch.mbarrier_init(near_end, 1)
                 cute.arch.mbarrier_init(turn_barriers, 1 + c.turns_kept_by_two)
                 cute.arch.mbarrier_init(turn_barriers + 1, c.dq_parts // c.cluster * WARPS)
@@ -313,7 +313,7 @@ class BackwardKernel:
             own = warpgroup_index - 1, thread % WARPGROUP, mask, scales[1]
             rings = q_ring, do_ring, k_ring, v_ring, ds_full, ds_empty
             if cutlass.const_expr(c.wide):
-                rings = *rings, p_full, ds_come, there_empty
+                rings = *rings, p_full, ds_come, remote_ds_empty
             exchanged = rings, (sQ, sdO, sK, sV, sdS, s_other_k), (s_lse, s_delta)
             self.consume(own, exchanged, schedule, (adder, finished), outputs, scales[0], queries_per_kv, tiles_of)
         if cutlass.const_expr(c.cluster > 1):

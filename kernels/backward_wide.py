@@ -44,7 +44,7 @@ class Consumer:
     ds_empty: cute.Pointer  # nobody here needs it any more, and the other CTA has it,
     p_full: cute.Pointer  # P is in dS's place,
     ds_come: cute.Pointer  # the other CTA's dS has come,
-    there_empty: cute.Pointer  # and that one doesn't need what it was sent any more
+    remote_ds_empty: cute.Pointer  # and that one doesn't need what it was sent any more
     scores: Constexpr  # the WGMMA operation of Sᵀ = K Qᵀ and of dPᵀ = V dOᵀ
     gradient: Constexpr  # of dV += Pᵀ dO and of dK += dSᵀ Q
     dsk: Constexpr  # of dQ = dS K, a quarter of head_dim
@@ -268,7 +268,7 @@ class WideBackwardKernel(BackwardKernel):
         """Says that this warp doesn't need dS any more, nor what came of it."""
         if cute.arch.lane_idx() == 0:
             cute.arch.mbarrier_arrive(t.ds_empty)
-            cute.arch.mbarrier_arrive(t.there_empty, 1 - t.rank)
+            cute.arch.mbarrier_arrive(t.remote_ds_empty, 1 - t.rank)
 
     @cute.jit
     def hand_over_ds(self, t: Consumer, before, at):
@@ -282,7 +282,7 @@ class WideBackwardKernel(BackwardKernel):
             size = c.tile_m * c.tile_n * 2
             cute.arch.mbarrier_arrive_and_expect_tx(t.ds_come, size)
             if cutlass.const_expr(before is not None):
-                cute.arch.mbarrier_wait(t.there_empty, at.index ^ 1)
+                cute.arch.mbarrier_wait(t.remote_ds_empty, at.index ^ 1)
             barriers.send(t.sdS.iterator, size, t.ds_come, 1 - t.rank)
 
     @cute.jit

@@ -270,7 +270,7 @@ class BackwardConfig:
         one_of("head_dim", (64, 128, 256))
         one_of("mask", ("none", "causal"))
         one_of("tile_n", (64,) if self.wide else (128,))
-        one_of("cluster", {64: (1,), 128: (1, 2), 256: (2,)}[self.head_dim])  # at 256 dQ needs too many registers of one CTA alone
+        one_of("cluster", {64: (1,), 128: (1, 2), 256: (2,)}[self.head_dim])  # at 256 a CTA alone has no registers for its dQ beside S
         one_of("tile_m", {64: (128,), 128: (16, 32, 48, 64), 256: (64,)}[self.head_dim])
         if self.shared_memory > SHARED_MEMORY_LIMIT:
             raise ConfigError(

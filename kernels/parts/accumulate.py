@@ -135,7 +135,7 @@ class Turns:
         """
         seen = Int32(-1)
         if cute.arch.lane_idx() == 0:
-            count = self.counts.iterator.toint() + (Int64(tile) * self.parts + self.part) * 4
+            count = self.place(tile)
             if not known:
                 await_count(count, turn)
             cute.arch.mbarrier_arrive(self.granted)
@@ -175,6 +175,7 @@ class Turns:
         cute.arch.sync_warp()
 
     def place(self, tile):
+        """The address of a tile's count, or of its part that this CTA adds to."""
         return self.counts.iterator.toint() + (Int64(tile) * self.parts + self.part) * 4
 
     def tile(self, m, head, batch):
