@@ -489,7 +489,7 @@ class BackwardKernel:
             for _ in cutlass.range((m_stop - m_first) * queries_per_kv, unroll=1):
                 self.await_ds(ds_full, at)
                 if cute.arch.lane_idx() == 0:
-                    self.send(own, at.index, ds_come, rank)
+                    self.send(own[None, None, at.index], ds_come + at.index, rank)
                 at.advance()
             position, (together, head_kv, batch), s_at = schedule.hear(position, s_at)
 
@@ -505,13 +505,14 @@ class BackwardKernel:
         c = self.config
         return cute.local_tile(sdS, (c.tile_m, c.tile_n, c.ds_buffers), (0, rank, 0))
 
-    def send(self, own, buffer, ds_come, rank):
-        """One thread: what the CTA has of dS, to the same place in the cluster's other CTA, where it is free by then: that has read what was
-        there two tiles of queries before, or no dS would have been written here in the meantime.
+    def send(self, own, ds_come, rank):
+        """One thread: what the CTA has of dS, to the same place in the cluster's other CTA, where it is free by then, and expects that one's.
+        With two buffers it is free: that CTA has read what was there two tiles of queries before, or no dS would have been written here in
+        the meantime.
         """
         size = self.config.tile_m * self.config.tile_n * 2
-        cute.arch.mbarrier_arrive_and_expect_tx(ds_come + buffer, size)
-        barriers.send(own[None, None, buffer].iterator, size, ds_come + buffer, 1 - rank)
+        cute.arch.mbarrier_arrive_and_expect_tx(ds_come, size)
+        barriers.send(own.iterator, size, ds_come, 1 - rank)
 
     @cute.jit
     def make_zeros(self, schedule, zeros):
@@ -716,7 +717,7 @@ class BackwardKernel:
                     if cutlass.const_expr(c.in_pairs):
                         if cutlass.const_expr(c.deterministic):  # where a warp keeps the turns, in place of the one that sends
                             if thread == 0:
-                                self.send(columns[0], ds_at.index, ds_come, rank)
+                                self.send(columns[0][None, None, ds_at.index], ds_come + ds_at.index, rank)
                         wgmma.issue(op, dQ, *operands[0], accumulate=False)
                         wgmma.wait(0)
                         if m + 1 == m_stop and h + 1 == queries_per_kv:

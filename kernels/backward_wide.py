@@ -272,18 +272,15 @@ class WideBackwardKernel(BackwardKernel):
 
     @cute.jit
     def hand_over_ds(self, t: Consumer, before, at):
-        """Says that dS is there, sends it to the other CTA, and expects that one's."""
-        c = self.config
+        """Says that dS is there, and sends it to the other CTA."""
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=OWN_BARRIER, number_of_threads=WARPGROUP)
         if cute.arch.lane_idx() == 0:
             cute.arch.mbarrier_arrive(t.ds_full)
         if t.thread == 0:
-            size = c.tile_m * c.tile_n * 2
-            cute.arch.mbarrier_arrive_and_expect_tx(t.ds_come, size)
             if cutlass.const_expr(before is not None):
                 cute.arch.mbarrier_wait(t.remote_ds_empty, at.index ^ 1)
-            barriers.send(t.sdS.iterator, size, t.ds_come, 1 - t.rank)
+            self.send(t.sdS, t.ds_come, t.rank)
 
     @cute.jit
     def issue_dq(self, t, phase):
