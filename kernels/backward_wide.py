@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, pipeline
+from cutlass import Constexpr, Float16, Float32, Int32, Int64, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from .backward import ROWS, WARPGROUPS, BackwardKernel
@@ -20,7 +20,7 @@ from .configs import WARPGROUP
 from .parts import barriers, tiles, wgmma
 from .parts.mask import RightMask
 from .parts.output import StagedOutput
-from .parts.rounding import round_into
+from .parts.rounding import are_finite, multiply_pairs, round_into, widened
 from .parts.softmax import exp2
 
 ALL_BARRIER = 1  # named barriers: of both warpgroups that consume, and of the second one
@@ -239,16 +239,43 @@ class WideBackwardKernel(BackwardKernel):
         wgmma.wait(0)
         if cutlass.const_expr(before is not None):
             self.hand_back_ds(t)
-        cute.arch.mbarrier_wait(t.p_full, at.index)
-        wgmma.load_transposed(t.P, t.ds_address)
-        self.differentials(t.S, t.P, delta)
-        round_into(t.dS, t.S)
+        if cutlass.const_expr(self.dtype is Float16):
+            self.differentials_of_halves(t, delta, at)
+        else:
+            self.load_p(t, at)
+            self.differentials(t.S, t.P, delta)
+            round_into(t.dS, t.S)
         wgmma.store_transposed(t.dS, t.ds_address)  # where this warp, and no other, has read P
         self.hand_over_ds(t, before, at)
         t.q_ring.consumer_wait(at)
         Q = t.Q_of_dK[None, None, None, at.index]
         wgmma.issue(t.gradient, t.dX, wgmma.as_operand(t.dS, c.tile_m), Q, accumulate=before is not None)
         t.do_ring.consumer_release(at)  # likewise for delta
+
+    @cute.jit
+    def load_p(self, t: Consumer, at):
+        """P, from the other warpgroup."""
+        cute.arch.mbarrier_wait(t.p_full, at.index)
+        wgmma.load_transposed(t.P, t.ds_address)
+
+    @cute.jit
+    def differentials_of_halves(self, t: Consumer, delta: cute.Tensor, at):
+        """dS in fp16, where P's way to fp32 takes long: dP - delta, rounded while P is awaited, times P; in fp32 where a warp has one that
+        fp16 can't hold.
+        """
+        self.load_p(t, at)
+        dp = wgmma.flat(t.S)
+        for i in [*range(cute.size(dp))]:
+            dp[i] = dp[i] - delta[i % 2, i // 4]
+        round_into(t.dS, t.S)
+        fits = cute.arch.vote_all_sync(are_finite(t.dS))
+        if fits:
+            multiply_pairs(t.dS, t.P)
+        else:
+            p = widened(t.P)
+            for i in [*range(cute.size(dp))]:
+                dp[i] = dp[i] * p[i]
+            round_into(t.dS, t.S)
 
     @cute.jit
     def follow_with_dq(self, t: Consumer, before, at):

@@ -44,3 +44,26 @@ def widened(source: cute.Tensor):
         wide = cute.make_rmem_tensor(cute.size(flat), Float32)
         wide.store(flat.load().to(Float32))
     return wide
+
+
+def are_finite(halves: cute.Tensor):
+    """Whether none of a thread's fp16 numbers is infinite or NaN."""
+    pairs = cute.recast_tensor(wgmma.flat(halves), Int32)
+    largest = [pairs[i] for i in range(cute.size(pairs))]  # in size, of the upper halves and of the lower ones, or NaN
+    while len(largest) > 1:
+        largest = [
+            cute.arch.inline_ptx("max.NaN.xorsign.abs.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[*two])
+            for two in zip(largest[::2], largest[1::2])
+        ]
+    # an exponent of all ones carries into its sign's place
+    return (((largest[0] & 0x7C007C00) + 0x04000400) & -0x7FFF8000) == 0
+
+
+@cute.jit
+def multiply_pairs(target: cute.Tensor, factors: cute.Tensor):
+    """target = target * factors, all fp16, two products an instruction."""
+    pairs, by = (cute.recast_tensor(wgmma.flat(x), Int32) for x in (target, factors))
+    for i in [*range(cute.size(pairs))]:
+        pairs[i] = cute.arch.inline_ptx(
+            "mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[pairs[i], by[i]]
+        )
