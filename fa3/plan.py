@@ -140,7 +140,7 @@ def head_group(problem, device):
 
 
 # (head_dim, mask) -> what differs from BackwardConfig's defaults; perf/NOTES.md, issue 4, says why, and how fast it is, as does
-# perf/results/2026-11-28-paper-bwd-h200.json and -2.json.
+# perf/results/2026-11-28-paper-bwd-h200-3.json.
 BACKWARD = {
     (64, "none"): dict(tile_m=128),
     (64, "causal"): dict(tile_m=128),

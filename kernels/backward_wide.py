@@ -260,8 +260,8 @@ class WideBackwardKernel(BackwardKernel):
 
     @cute.jit
     def differentials_of_halves(self, t: Consumer, delta: cute.Tensor, at):
-        """dS in fp16, where P's way to fp32 takes long: dP - delta, rounded while P is awaited, times P; in fp32 where a warp has one that
-        fp16 can't hold.
+        """dS in fp16, in pairs, as P's way to fp32 takes longer than bf16's: (dP - delta) P, both rounded; by way of fp32 where a warp has
+        a difference that fp16 can't hold. None of it before P is there: the compiler would have it keep dS from being handed back.
         """
         self.load_p(t, at)
         dp = wgmma.flat(t.S)

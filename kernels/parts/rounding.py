@@ -55,8 +55,8 @@ def are_finite(halves: cute.Tensor):
             cute.arch.inline_ptx("max.NaN.xorsign.abs.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[*two])
             for two in zip(largest[::2], largest[1::2])
         ]
-    # an exponent of all ones carries into its sign's place
-    return (((largest[0] & 0x7C007C00) + 0x04000400) & -0x7FFF8000) == 0
+    exponents, one, signs = 0x7C007C00, 0x04000400, -0x7FFF8000  # of both halves
+    return (((largest[0] & exponents) + one) & signs) == 0  # an exponent of all ones carries into its sign's place
 
 
 @cute.jit
