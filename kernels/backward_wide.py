@@ -239,10 +239,11 @@ class WideBackwardKernel(BackwardKernel):
         wgmma.wait(0)
         if cutlass.const_expr(before is not None):
             self.hand_back_ds(t)
+        cute.arch.mbarrier_wait(t.p_full, at.index)
+        wgmma.load_transposed(t.P, t.ds_address)
         if cutlass.const_expr(self.dtype is Float16):
-            self.differentials_of_halves(t, delta, at)
+            self.differentials_in_fp16(t, delta)
         else:
-            self.load_p(t, at)
             self.differentials(t.S, t.P, delta)
             round_into(t.dS, t.S)
         wgmma.store_transposed(t.dS, t.ds_address)  # where this warp, and no other, has read P
@@ -253,17 +254,11 @@ class WideBackwardKernel(BackwardKernel):
         t.do_ring.consumer_release(at)  # likewise for delta
 
     @cute.jit
-    def load_p(self, t: Consumer, at):
-        """P, from the other warpgroup."""
-        cute.arch.mbarrier_wait(t.p_full, at.index)
-        wgmma.load_transposed(t.P, t.ds_address)
-
-    @cute.jit
-    def differentials_of_halves(self, t: Consumer, delta: cute.Tensor, at):
-        """dS in fp16, in pairs, as P's way to fp32 takes longer than bf16's: (dP - delta) P, both rounded; by way of fp32 where a warp has
-        a difference that fp16 can't hold. None of it before P is there: the compiler would have it keep dS from being handed back.
+    def differentials_in_fp16(self, t: Consumer, delta: cute.Tensor):
+        """dS = P ∘ (dP - delta) of factors that are rounded both, two products an instruction, as fp16's way to fp32 takes longer than bf16's;
+        in fp32 where a warp has a difference that fp16 can't hold. The differences could be had before P, but the compiler would have them
+        keep dS from being handed back.
         """
-        self.load_p(t, at)
         dp = wgmma.flat(t.S)
         for i in [*range(cute.size(dp))]:
             dp[i] = dp[i] - delta[i % 2, i // 4]

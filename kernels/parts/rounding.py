@@ -46,9 +46,9 @@ def widened(source: cute.Tensor):
     return wide
 
 
-def are_finite(halves: cute.Tensor):
-    """Whether none of a thread's fp16 numbers is infinite or NaN."""
-    pairs = cute.recast_tensor(wgmma.flat(halves), Int32)
+def are_finite(fragment: cute.Tensor):
+    """Whether none of a thread's fp16 numbers, a power of 2 of them, is infinite or NaN."""
+    pairs = cute.recast_tensor(wgmma.flat(fragment), Int32)
     largest = [pairs[i] for i in range(cute.size(pairs))]  # in size, of the upper halves and of the lower ones, or NaN
     while len(largest) > 1:
         largest = [
